@@ -1,0 +1,1 @@
+"""Llip (Latent Language Image Pretraining) in JAX."""

@@ -1,0 +1,351 @@
+"""Typed, frozen and validated configuration: the only reader of ConfigDict.
+
+A file under configs/ builds a ``ConfigDict``; :func:`resolve` turns it once into the frozen dataclasses below.
+Every mistake is reported together as a :class:`ConfigError` that names the field, the value and what was expected.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_type_hints
+
+import pydantic
+from pydantic import Field, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+_STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+Pooler = Literal["mixer", "average", "registers", "class_token"]
+"""How the image side becomes an embedding; the last three are the lower rungs of the paper's ablation ladder."""
+
+
+class ConfigError(ValueError):
+    """Bad configuration or input: the message is meant for the user, without a traceback (exit code 2)."""
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    """' Did you mean X?' for the closest valid name, or the list of valid names when none is close."""
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else f" Valid names: {', '.join(sorted(valid))}."
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class VisionConfig:
+    """Vision tower shape; None takes the value of ``model.size``."""
+
+    layers: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1)
+    mlp: int | None = Field(default=None, ge=1)
+    heads: int | None = Field(default=None, ge=1)
+    patch: int | None = Field(default=None, ge=1)
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class TextConfig:
+    """Text tower shape; None takes the value of ``model.size``. ``length`` counts tokens, start and end included."""
+
+    layers: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1)
+    mlp: int | None = Field(default=None, ge=1)
+    heads: int | None = Field(default=None, ge=1)
+    length: int = Field(default=77, ge=3)
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class ModelConfig:
+    """The dual encoder. ``mixture_tokens`` counts all learned image tokens (class token included for `registers`)."""
+
+    size: str = "B/16"
+    pooler: Pooler = "mixer"
+    mixture_tokens: int = Field(default=64, ge=1)
+    mixer_heads: int = Field(default=8, ge=1)
+    mixer_temperature: float = Field(default=5.0, gt=0)
+    """Divides the raw query-key product. 5 is our reading of the paper, see docs/architecture.md."""
+    embed_dim: int | None = Field(default=None, ge=1)
+    """Joint width d; None takes the value of ``model.size``."""
+    image_size: int = Field(default=224, ge=1)
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    vision: VisionConfig = Field(default_factory=VisionConfig)
+    text: TextConfig = Field(default_factory=TextConfig)
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu"] = "gelu"
+    layer_norm_epsilon: float = Field(default=1e-5, gt=0)
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of patches left out in training (FLIP, arXiv 2212.00794)."""
+    logit_scale: float = Field(default=10.0, gt=0, le=100)
+    logit_bias: float | Literal["prior"] | None = -10.0
+    """Initial b; None: no bias; 'prior': log(p / (1 - p)) with p = 1 / global batch."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute type; parameters stay float32. 'auto': float32 on CPU, bfloat16 on accelerators."""
+    remat: Literal["none", "dots", "layer"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or each layer."""
+    scan_layers: bool | Literal["auto"] = "auto"
+    """Compile one layer and loop over depth. 'auto': loop on accelerators, unroll on CPU (faster steps there)."""
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class PairLossConfig:
+    """One pairwise loss term of the objective."""
+
+    weight: float = Field(default=1.0, gt=0)
+    duplicates: Literal["ignore", "positive", "negative"] = "ignore"
+    """Pairs of *other* samples with the same image or the same caption: masked, taught as matches, or (the papers' way)
+    left as negatives."""
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class ObjectiveConfig:
+    """A weighted list of terms, at least one; None leaves a term out."""
+
+    sigmoid: PairLossConfig | None = None
+    softmax: PairLossConfig | None = None
+
+    @model_validator(mode="after")
+    def _some_term(self) -> "ObjectiveConfig":
+        if not self.terms():
+            raise ValueError("expected at least one term (sigmoid, softmax)")
+        return self
+
+    def terms(self) -> dict[str, PairLossConfig]:
+        """The terms in use by name."""
+        return {f.name: term for f in dataclasses.fields(self) if (term := getattr(self, f.name)) is not None}
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class TrainConfig:
+    """Length and batch of the run."""
+
+    batch_size: int = Field(default=256, ge=2)
+    """Images a step over all devices and processes (the global batch)."""
+    steps: int = Field(default=1000, ge=0)
+    log_every_steps: int = Field(default=10, ge=1)
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class OptimizerConfig:
+    """AdamW, linear warm-up then cosine decay to zero. Weight decay skips biases, norms, logit scale and bias."""
+
+    learning_rate: float = Field(default=5e-4, gt=0)
+    warmup_steps: int = Field(default=2000, ge=0)
+    weight_decay: float = Field(default=0.2, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.98, ge=0, lt=1)
+    epsilon: float = Field(default=1e-6, gt=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class ToyWorldConfig:
+    """The generated world of small scenes (llip_jax/data/toyworld.py)."""
+
+    train_size: int = Field(default=20_000, ge=1)
+    eval_size: int = Field(default=1_000, ge=1)
+    seed: int = Field(default=0, ge=0)
+    groups: int = Field(default=1, ge=1, le=3)
+    """Groups of equal objects in a scene."""
+    aspects: tuple[int, int] = (1, 6)
+    """Fewest and most aspects that one caption mentions."""
+    captions: int = Field(default=6, ge=1, le=32)
+    """Captions of each scene."""
+    caption_noise: float = Field(default=0.0, ge=0, le=1)
+    """Share of captions taken from another scene."""
+    pixel_noise: float = Field(default=0.02, ge=0)
+    """Standard deviation of Gaussian pixel noise, as a fraction of white."""
+    duplicates: float = Field(default=0.0, ge=0, lt=1)
+    """Share of samples that repeat an earlier scene's picture."""
+
+    @field_validator("aspects")
+    @classmethod
+    def _ordered(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= value[0] <= value[1] <= 7:
+            raise ValueError(f"expected (fewest, most) with 1 <= fewest <= most <= 7, got {value}")
+        return value
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class FolderConfig:
+    """A folder with captions.jsonl (llip_jax/data/folder.py)."""
+
+    split_field: str = "split"
+    train_split: str = "train"
+    eval_split: str = "val"
+    eval_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Held out for evaluation, by a hash of the image path, when no record has ``split_field``."""
+    specific_field: str | None = "n_names"
+    """Record field saying how many leading captions are specific to the image; where a record lacks it, all are."""
+    duplicate_field: str | None = "pixel_id"
+    """Record field that is equal for identical images; where a record lacks it, the image is taken to be unique."""
+    eval_exclude: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Evaluation leaves out records whose field has one of these values."""
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class AugmentConfig:
+    """Training-time image augmentation, drawn from (seed, index)."""
+
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Area of the random crop as a share of the image; (1, 1) turns cropping off."""
+    flip: bool = False
+    """Mirror half of the images (wrong where captions say left and right)."""
+    color: float = Field(default=0.0, ge=0, le=1)
+    """Strength of brightness, contrast and saturation changes."""
+    grayscale: float = Field(default=0.0, ge=0, le=1)
+    """Share of images turned grey."""
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError(f"expected (low, high) with 0 < low <= high <= 1, got {value}")
+        return value
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class CaptionConfig:
+    """Which captions of a record fill the slots of a step, drawn from (seed, index)."""
+
+    slots: int = Field(default=1, ge=1)
+    """C: captions of one image in a step."""
+    specific_probability: float = Field(default=1.0, ge=0, le=1)
+    """Chance that a slot is drawn from the record's specific captions; otherwise from all of them."""
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class TokenizerConfig:
+    """'clip': CLIP's byte-pair vocabulary. 'trained': a small byte-level BPE trained on the training captions once
+    and kept in the run directory. Otherwise the path of a Hugging Face tokenizer.json."""
+
+    name: str = "clip"
+    vocabulary_size: int = Field(default=49_408, ge=300)
+    """Rows of the token table; for 'trained' the largest vocabulary to learn."""
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class DataConfig:
+    """Where samples come from and how they become batches."""
+
+    source: Literal["toyworld", "folder"] = "folder"
+    path: str = ""
+    label_field: str | None = None
+    """Record field whose value is the class name in zero-shot evaluation; None: retrieval only."""
+    toyworld: ToyWorldConfig = Field(default_factory=ToyWorldConfig)
+    folder: FolderConfig = Field(default_factory=FolderConfig)
+    augment: AugmentConfig = Field(default_factory=AugmentConfig)
+    captions: CaptionConfig = Field(default_factory=CaptionConfig)
+    tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
+    workers: int = Field(default=0, ge=0)
+    """Processes that decode; 0 decodes in threads of the training process."""
+    threads: int = Field(default=2, ge=1)
+    """Decoding threads of each process."""
+    prefetch_batches: int = Field(default=2, ge=1)
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class CheckpointConfig:
+    """Saved without stopping training; the newest ``keep`` are kept, and every ``keep_every_steps``-th for good."""
+
+    every_steps: int = Field(default=1000, ge=1)
+    keep: int = Field(default=3, ge=1)
+    keep_every_steps: int | None = Field(default=None, ge=1)
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class EvalConfig:
+    """Evaluation during training (and always after the last step)."""
+
+    every_steps: int = Field(default=1000, ge=1)
+    batch_size: int = Field(default=256, ge=1)
+    """Images, or texts, of one evaluation block over all devices."""
+    templates: tuple[str, ...] = ("a picture of a {}.", "an image showing a {}.", "a {} seen up close.", "one {}.")
+    """Prompts of zero-shot classification; each ``{}`` becomes the class name."""
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (one axis at most) takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "MeshConfig":
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(n == 0 or n < -1 for n in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"expected positive sizes and at most one -1, got data, fsdp, tensor = {sizes}")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Config:
+    """Everything a run depends on; written to config.json of the run directory."""
+
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = Field(default_factory=lambda: ObjectiveConfig(sigmoid=PairLossConfig()))
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    mesh: MeshConfig = Field(default_factory=MeshConfig)
+
+
+_ADAPTER = pydantic.TypeAdapter(Config)
+
+
+def resolve(raw: Mapping[str, Any]) -> Config:
+    """The typed configuration of a ConfigDict (as a plain nested mapping) or of a config.json.
+
+    Raises:
+        ConfigError: every unknown name, wrong type and impossible value, one a line.
+    """
+    try:
+        # Through JSON: one set of rules for files under configs/, command lines and a run directory's config.json.
+        return _ADAPTER.validate_json(json.dumps(raw))
+    except TypeError as error:
+        raise ConfigError(f"config: {error}; expected numbers, strings, tuples, booleans and None") from None
+    except pydantic.ValidationError as error:
+        lines = sorted({_message(e["type"], e["loc"], e["msg"], e["input"]) for e in error.errors()})
+        raise ConfigError("\n".join(lines)) from None
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict, ready for JSON; :func:`resolve` takes it back unchanged."""
+    return _ADAPTER.dump_python(config, mode="json")
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Fields in which two configurations (or parts of them) differ, as 'field: old -> new'."""
+    if not dataclasses.is_dataclass(old) or type(old) is not type(new):
+        return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+    return [
+        line
+        for f in dataclasses.fields(old)
+        for line in differences(getattr(old, f.name), getattr(new, f.name), f"{path}.{f.name}" if path else f.name)
+    ]
+
+
+def _message(kind: str, location: tuple[int | str, ...], text: str, value: Any) -> str:
+    """One line for the user from one pydantic error."""
+    owner, path = Config, []
+    for part in location:
+        names = [f.name for f in dataclasses.fields(owner)]
+        if part not in names:
+            if kind == "unexpected_keyword_argument":
+                return f"{'.'.join([*path, str(part)])}: no such field.{nearest(str(part), names)}"
+            break
+        path.append(str(part))
+        inner = _dataclass_in(get_type_hints(owner)[str(part)])
+        if inner is None:
+            break
+        owner = inner
+    # What follows the field's own path names alternatives of its type, not something the user wrote.
+    text = text.removeprefix("Value error, ")
+    return f"{'.'.join(path) or 'config'}: {value!r} is not valid: {text[0].lower()}{text[1:]}"
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass in a type hint such as ``PairLossConfig | None``."""
+    return next((t for t in (hint, *get_args(hint)) if dataclasses.is_dataclass(t)), None)

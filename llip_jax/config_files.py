@@ -1,0 +1,101 @@
+"""Configuration files and command-line overrides: ``--config FILE[:VARIANT]`` and ``--config.FIELD=VALUE``."""
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ml_collections import ConfigDict
+
+from llip_jax.config import Config, ConfigError, nearest, resolve
+
+LADDER = {
+    "": {},
+    "siglip": {"model": {"pooler": "class_token", "mixture_tokens": 1}},
+    "registers": {"model": {"pooler": "registers"}},
+    "average": {"model": {"pooler": "average"}},
+    "clip": {
+        "model": {"pooler": "class_token", "mixture_tokens": 1, "logit_scale": 1 / 0.07, "logit_bias": None},
+        "objective": {"sigmoid": None, "softmax": {}},
+    },
+}
+"""What each rung of the paper's ablation ladder (and CLIP) changes in a Llip configuration."""
+
+
+def with_variant(config: Mapping[str, Any], variant: str | None) -> ConfigDict:
+    """A Llip configuration turned into one of the ladder's rungs; for use in ``get_config(arg)``.
+
+    Raises:
+        ConfigError: an unknown variant.
+    """
+    if (variant or "") not in LADDER:
+        raise ConfigError(f"variant: no variant named {variant!r}.{nearest(str(variant), [v for v in LADDER if v])}")
+    return ConfigDict(_merged(config, LADDER[variant or ""]))
+
+
+def load(spec: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of ``path/to/file.py[:arg]``, with ``field.path=value`` overrides applied.
+
+    The file's ``get_config(arg)`` returns a ConfigDict; fields it leaves out keep their defaults. The file's folder is
+    on the import path while it is read, so that configurations can share code.
+
+    Raises:
+        ConfigError: a file that is missing or fails, and everything :func:`llip_jax.config.resolve` refuses.
+    """
+    path, _, arg = spec.partition(":")
+    raw = _run_config_file(Path(path), arg or None)
+    for override in overrides:
+        name, _, text = override.partition("=")
+        _set(raw, name.split("."), _parse(name.split("."), text))
+    return resolve(raw)
+
+
+def _run_config_file(path: Path, arg: str | None) -> dict[str, Any]:
+    if not path.is_file():
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+        raise ConfigError(f"--config: no file {str(path)!r}.{near}")
+    spec = importlib.util.spec_from_file_location(f"config_file_{path.stem}", path)
+    assert spec is not None and spec.loader is not None  # only for suffixes that are not Python's
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config(arg).to_dict()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"--config: {path} failed with {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in changes.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
+        merged[name] = _merged(merged[name], value) if nested else value
+    return merged
+
+
+def _set(raw: dict[str, Any], path: list[str], value: Any) -> None:
+    for name in path[:-1]:
+        if not isinstance(raw.get(name), dict):
+            raw[name] = {}
+        raw = raw[name]
+    raw[path[-1]] = value
+
+
+def _parse(path: list[str], text: str) -> Any:
+    """A Python literal where the text is one (and the field is not itself a string), otherwise the text."""
+    hint: Any = Config
+    for name in path:
+        hint = get_type_hints(hint).get(name) if is_dataclass(hint) and name in {f.name for f in fields(hint)} else None
+    if hint is str:
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

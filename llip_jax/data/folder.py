@@ -1,0 +1,211 @@
+"""A folder of images with ``captions.jsonl``: one JSON object a line with ``image``, ``captions`` and other fields."""
+
+import hashlib
+import json
+import os
+import reprlib
+import stat
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from llip_jax.config import ConfigError, FolderConfig, nearest
+from llip_jax.data.images import ImageError
+from llip_jax.data.records import Record
+
+MAX_IMAGE_BYTES = 64 * 2**20
+"""Larger image files are not read."""
+
+
+class FolderSource:
+    """The records of one split, in file order. Images are read when a record is; everything else is checked at once.
+
+    The split of a record is its ``config.split_field``. If no record has that field, ``config.eval_fraction`` of
+    them are held out for evaluation by a hash of the image path.
+
+    Args:
+        path: the folder; image paths in ``captions.jsonl`` are relative to it and must stay inside.
+        config: names and meaning of the record fields.
+        split: "train" or "eval", which stand for ``config.train_split`` and ``config.eval_split``.
+
+    Raises:
+        ConfigError: anything about the folder or ``captions.jsonl`` that is not as expected, with file and line.
+    """
+
+    def __init__(self, path: str | Path, config: FolderConfig, split: Literal["train", "eval"]):
+        self._root = Path(path)
+        self._config = config
+        if not self._root.is_dir():
+            raise ConfigError(f"data.path: {str(self._root)!r} is not a folder")
+        file = self._root / "captions.jsonl"
+        if not file.is_file():
+            raise ConfigError(f"data.path: {file} does not exist; expected one JSON object a line")
+
+        images = _ImageFiles(self._root)
+        exclude = config.eval_exclude if split == "eval" else {}
+        wanted = config.train_split if split == "train" else config.eval_split
+        split_sizes: Counter[str] = Counter()
+        field_names: set[str] = set()
+        has_split: bool | None = None
+        selected: list[str] = []
+        digest = hashlib.sha256()
+        blank = 0
+        with file.open("rb") as stream:
+            for number, raw in enumerate(stream, start=1):
+                where = f"{file}, line {number}"
+                if not raw.strip():
+                    blank = number
+                    continue
+                if blank:
+                    raise ConfigError(f"{file}, line {blank}: blank line between records; expected a JSON object")
+                line, entry = _parse(raw, where)
+                _check_fields(entry, config, where)
+                size = images.size(entry["image"], where)
+                if has_split is None:
+                    has_split = config.split_field in entry
+                record_split = _split_of(entry, config, has_split, where)
+                split_sizes[record_split] += 1
+                field_names.update(entry)
+                if record_split == wanted and not any(entry.get(name) in values for name, values in exclude.items()):
+                    # The line is kept instead of its parsed form, which would take several times the memory.
+                    selected.append(line)
+                    digest.update(f"{line}\n{size}\n".encode())
+
+        if not split_sizes:
+            raise ConfigError(f"{file} is empty; expected one JSON object a line")
+        if unknown := sorted(set(exclude) - field_names):
+            raise ConfigError(
+                f"data.folder.eval_exclude: no record of {file} has a field {unknown[0]!r}."
+                + nearest(unknown[0], sorted(field_names))
+            )
+        if not selected:
+            sizes = ", ".join(f"{name!r} ({count} records)" for name, count in sorted(split_sizes.items()))
+            reason = "data.folder.eval_exclude leaves out all of" if wanted in split_sizes else "no record is in"
+            raise ConfigError(f"{file}: {reason} the {split} split {wanted!r}; splits are {sizes}")
+        self._lines = tuple(selected)
+        self._fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads a record with its image file.
+
+        Raises:
+            OSError: the file cannot be read.
+            ImageError: the file is larger than ``MAX_IMAGE_BYTES``.
+        """
+        fields = json.loads(self._lines[index])
+        image, captions = fields.pop("image"), fields.pop("captions")
+        with (self._root / image).open("rb") as stream:
+            if (size := os.fstat(stream.fileno()).st_size) > MAX_IMAGE_BYTES:
+                raise ImageError(f"{image}: file of {size} bytes is larger than {MAX_IMAGE_BYTES}")
+            data = stream.read()
+        duplicate = fields.get(self._config.duplicate_field)
+        return Record(
+            image=data,
+            captions=tuple(captions),
+            specific=fields.get(self._config.specific_field, len(captions)),
+            image_group=f"path:{image}" if duplicate is None else f"duplicate:{duplicate}",
+            name=image,
+            fields=fields,
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the selected lines and the sizes of their image files."""
+        return self._fingerprint
+
+
+class _ImageFiles:
+    """Finds image files with one listing a directory, and refuses paths that lead out of the folder."""
+
+    def __init__(self, root: Path):
+        self._root = root
+        self._real_root = Path(os.path.realpath(root))
+        self._listings: dict[str, tuple[Path, dict[str, os.DirEntry[str]]]] = {}
+
+    def size(self, image: str, where: str) -> int:
+        """Bytes of the file ``image``, a path relative to the folder."""
+        path = PurePosixPath(image)
+        if path.is_absolute() or ".." in path.parts:
+            raise ConfigError(f"{where}: image {image!r} must be a path inside the folder, relative to it")
+        directory, entries = self._listing(str(path.parent))
+        entry = entries.get(path.name)
+        real = Path(os.path.realpath(entry.path)) if entry and entry.is_symlink() else directory
+        if not real.is_relative_to(self._real_root):
+            raise ConfigError(f"{where}: image {image!r} leads out of the folder through a symbolic link")
+        try:
+            status = entry.stat() if entry else None
+        except OSError:  # a symbolic link to nothing
+            status = None
+        if status is None or not stat.S_ISREG(status.st_mode):
+            raise ConfigError(f"{where}: image {image!r} is not a file in {self._root}")
+        return status.st_size
+
+    def _listing(self, parent: str) -> tuple[Path, dict[str, os.DirEntry[str]]]:
+        if parent not in self._listings:
+            try:
+                directory = Path(os.path.realpath(self._root / parent))
+                with os.scandir(directory) as entries:
+                    self._listings[parent] = directory, {entry.name: entry for entry in entries}
+            except (OSError, ValueError):  # ValueError: a null character in the path
+                self._listings[parent] = self._real_root, {}
+        return self._listings[parent]
+
+
+def _parse(raw: bytes, where: str) -> tuple[str, dict[str, Any]]:
+    try:
+        line = raw.decode().strip()
+        entry = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: not UTF-8 ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid JSON ({error})") from error
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{where}: expected a JSON object, got {reprlib.repr(entry)}")
+    return line, entry
+
+
+def _check_fields(entry: dict[str, Any], config: FolderConfig, where: str) -> None:
+    for name in ("image", "captions"):
+        if name not in entry:
+            raise ConfigError(f"{where}: field {name!r} is missing." + nearest(name, list(entry)))
+    if not isinstance(entry["image"], str):
+        raise ConfigError(f"{where}: image is {reprlib.repr(entry['image'])}, expected a path as a string")
+
+    captions = entry["captions"]
+    if not isinstance(captions, list):  # A plain string would pass for a list of its characters.
+        raise ConfigError(f"{where}: captions is {reprlib.repr(captions)}, expected a list of strings")
+    if not captions:
+        raise ConfigError(f"{where}: captions is an empty list, expected at least one caption")
+    for position, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise ConfigError(f"{where}: captions[{position}] is {reprlib.repr(caption)}, expected a string")
+        if not caption.strip():
+            raise ConfigError(f"{where}: captions[{position}] is {caption!r}, expected text")
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{where}: captions[{position}] has half of a surrogate pair ({error})") from error
+
+    if config.specific_field in entry:
+        specific = entry[config.specific_field]
+        if type(specific) is not int or not 1 <= specific <= len(captions):
+            raise ConfigError(
+                f"{where}: {config.specific_field} is {reprlib.repr(specific)}, "
+                f"expected a whole number from 1 to {len(captions)}, the number of captions"
+            )
+
+
+def _split_of(entry: dict[str, Any], config: FolderConfig, has_split: bool, where: str) -> str:
+    name = config.split_field
+    if (name in entry) != has_split:
+        this, others = ("no", "have one") if has_split else ("a", "have none")
+        raise ConfigError(f"{where}: {this} field {name!r} while the lines before {others}; expected all or none")
+    if has_split:
+        if not isinstance(entry[name], str):
+            raise ConfigError(f"{where}: {name} is {reprlib.repr(entry[name])}, expected a string")
+        return entry[name]
+    digest = hashlib.sha256(entry["image"].encode()).digest()
+    held_out = int.from_bytes(digest[:8], "big") < config.eval_fraction * 2**64
+    return config.eval_split if held_out else config.train_split

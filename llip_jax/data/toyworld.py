@@ -1,0 +1,177 @@
+"""ToyWorld: an endless supply of small scenes with exact attributes, boxes, masks and captions."""
+
+import dataclasses
+import hashlib
+from random import Random
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from llip_jax.config import ConfigError, ToyWorldConfig
+from llip_jax.data.records import Record
+from llip_jax.data.toyworld_captions import ASPECTS, describe
+from llip_jax.data.toyworld_render import (
+    COLOURS,
+    COUNTS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    SMALLEST_IMAGE,
+    TEXTURES,
+    Group,
+    Scene,
+    class_id,
+    place,
+)
+
+_SHAPES, _COLOURS, _SIZES, _TEXTURES, _POSITIONS = map(tuple, (SHAPES, COLOURS, SIZES, TEXTURES, POSITIONS))
+_CAPTION_ATTEMPTS = 8
+"""Draws after which a caption may repeat another one of the same record."""
+
+
+class _Caption(NamedTuple):
+    text: str
+    scene: int
+    aspects: tuple[str, ...]
+
+
+class ToyWorld:
+    """A source of generated records; each is a pure function of the configuration, the split and its index.
+
+    Scene k of a split is drawn from a random stream of its own. Sample k shows scene k, unless ``duplicates`` makes it
+    repeat the picture of an earlier sample. ``duplicates`` and ``caption_noise`` act on the training split only, so
+    that evaluation stays a clean measure of what they do.
+
+    The fields of a record: ``groups`` (a tuple with a dictionary of shape, colour, size, texture, count and position
+    for each group), ``background``, ``boxes`` [n, 4] and ``entities`` [n] (see Scene), ``label`` (index into
+    ``classes()``), ``scene`` (number of the scene shown), and for each caption ``caption_scenes`` (number of the scene
+    it was written for: another one where it is noise) and ``caption_aspects`` (what it mentions).
+    """
+
+    def __init__(self, config: ToyWorldConfig, split: Literal["train", "eval"], image_size: int) -> None:
+        """Raises ConfigError for an image size below 16 pixels, ValueError for an unknown split."""
+        if split not in ("train", "eval"):
+            raise ValueError(f"expected split 'train' or 'eval', got {split!r}")
+        if image_size < SMALLEST_IMAGE:
+            raise ConfigError(f"model.image_size is {image_size}: ToyWorld draws {SMALLEST_IMAGE} pixels or more.")
+        self.config = config
+        self.split = split
+        self.image_size = image_size
+        self._size = config.train_size if split == "train" else config.eval_size
+        self._duplicates = config.duplicates if split == "train" else 0.0
+        self._caption_noise = config.caption_noise if split == "train" else 0.0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> Record:
+        """The record; raises IndexError outside of 0 <= index < len."""
+        number = self._scene_number(index)
+        scene = self._draw_scene(number)
+        image = self._draw_picture(scene, number)
+        captions = self._write_captions(index, number, scene)
+        return Record(
+            image=image,
+            captions=tuple(caption.text for caption in captions),
+            specific=len(captions),
+            image_group=_digest(image.tobytes()),
+            name=f"toyworld/{self.split}/{index}",
+            fields={
+                "groups": tuple(dict(vars(group)) for group in scene.groups),
+                "background": scene.background,
+                "boxes": scene.boxes,
+                "entities": scene.entities,
+                "label": class_id(scene.groups[0]),
+                "scene": number,
+                "caption_scenes": tuple(caption.scene for caption in captions),
+                "caption_aspects": tuple(caption.aspects for caption in captions),
+            },
+        )
+
+    def scene(self, index: int) -> Scene:
+        """The scene that sample ``index`` shows, with boxes and masks; raises IndexError outside of the split."""
+        return self._draw_scene(self._scene_number(index))
+
+    def classes(self) -> tuple[str, ...]:
+        """The 64 class names in label order, such as 'red circle'."""
+        return tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
+
+    def fingerprint(self) -> str:
+        """Changes with the configuration, the split, the image size, and whatever changes the first records."""
+        parts = [repr((dataclasses.asdict(self.config), self.split, self.image_size))]
+        for index in range(min(16, len(self))):
+            record = self[index]
+            parts += [record.image_group, *record.captions]
+        return _digest("\n".join(parts).encode())
+
+    def _stream(self, purpose: str, number: int) -> Random:
+        """A random stream of its own for each seed, split, purpose and number, the same on every machine."""
+        return Random(f"toyworld/{self.config.seed}/{self.split}/{purpose}/{number}")
+
+    def _scene_number(self, index: int) -> int:
+        """Number of the scene shown by a sample: that of the first sample with this picture."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"toyworld/{self.split}: index {index} outside of 0 <= index < {len(self)}")
+        while self._duplicates and index > 0:
+            rng = self._stream("duplicate", index)
+            if rng.random() >= self._duplicates:
+                break
+            index = rng.randrange(index)
+        return index
+
+    def _draw_scene(self, number: int) -> Scene:
+        """Draws every attribute uniformly; groups of one scene differ in shape, colour and position."""
+        rng = self._stream("scene", number)
+        count = self.config.groups
+        background, *colours = rng.sample(_COLOURS, 1 + count)
+        shapes = rng.sample(_SHAPES, count)
+        # The center overlaps the quadrants, so only a group without neighbours can lie there.
+        positions = rng.sample(_POSITIONS if count == 1 else [p for p in _POSITIONS if p != "center"], count)
+        groups = tuple(
+            Group(shape, colour, rng.choice(_SIZES), rng.choice(_TEXTURES), rng.choice(COUNTS), position)
+            for shape, colour, position in zip(shapes, colours, positions, strict=True)
+        )
+        corners = tuple(
+            place(group.position, group.count, group.size, groups=count, image_size=self.image_size, rng=rng)
+            for group in groups
+        )
+        return Scene(self.image_size, background, groups, corners)
+
+    def _draw_picture(self, scene: Scene, number: int) -> UInt8[np.ndarray, "H W 3"]:
+        """The scene with its pixel noise, which belongs to the picture: samples that repeat it repeat the noise."""
+        image = scene.draw()
+        if not self.config.pixel_noise:
+            return image
+        generator = np.random.default_rng(self._stream("pixel noise", number).getrandbits(64))
+        noisy = generator.standard_normal(image.shape, np.float32)
+        noisy *= 255 * self.config.pixel_noise
+        noisy += image
+        np.rint(noisy, out=noisy)
+        return np.clip(noisy, 0, 255, out=noisy).astype(np.uint8)
+
+    def _write_captions(self, index: int, number: int, scene: Scene) -> list[_Caption]:
+        """The sample's captions, different where the grammar allows.
+
+        Noise captions describe a scene drawn uniformly from the other ones of the split. By chance they may fit.
+        """
+        rng = self._stream("captions", index)
+        fewest, most = self.config.aspects
+        captions: list[_Caption] = []
+        for _ in range(self.config.captions):
+            source, described = number, scene
+            if self._caption_noise and rng.random() < self._caption_noise:
+                source = rng.randrange(max(len(self), 2) - 1)
+                source += source >= number  # any number but the scene's own
+                described = self._draw_scene(source)
+            for _ in range(_CAPTION_ATTEMPTS):
+                aspects = tuple(rng.sample(ASPECTS, rng.randint(fewest, most)))
+                text = describe(described, aspects, rng)
+                if all(text != caption.text for caption in captions):
+                    break
+            captions.append(_Caption(text, source, aspects))
+        return captions
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()

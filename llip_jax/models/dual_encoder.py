@@ -1,0 +1,85 @@
+"""The dual encoder: two towers, a pooler, and the affine map from cosines to logits."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from llip_jax.config import Config
+from llip_jax.models.pooling import POOLERS, token_count
+from llip_jax.models.sizes import model_shape
+from llip_jax.models.text import TextTower
+from llip_jax.models.vision import TowerOutput, VisionTower
+from llip_jax.ops.pair_scores import ImageSide, TextSide, cosines
+from llip_jax.parallel.sharding import constrain
+
+MAX_LOG_SCALE = math.log(100.0)
+"""CLIP clamps the log of the logit scale here after every step."""
+
+
+class DualEncoder(nnx.Module):
+    """Llip, and with other poolers CLIP, SigLIP and the rungs between."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        model = config.model
+        shape = model_shape(model)
+        dtype = compute_dtype(model.dtype)
+        scan = jax.default_backend() != "cpu" if model.scan_layers == "auto" else model.scan_layers
+        self.vision = VisionTower(model, shape, token_count(model), dtype=dtype, scan=scan, rngs=rngs)
+        vocabulary = config.data.tokenizer.vocabulary_size
+        self.text = TextTower(model, shape, vocabulary, dtype=dtype, scan=scan, rngs=rngs)
+        self.pooler = POOLERS[model.pooler](model, shape, dtype, rngs)
+        self.log_scale = nnx.Param(jnp.float32(math.log(model.logit_scale)), axes=())
+        bias = initial_bias(model.logit_bias, config.train.batch_size)
+        self.bias = None if bias is None else nnx.Param(jnp.float32(bias), axes=())
+
+    def encode_images(self, images: UInt8[Array, "N H W 3"], dropout_key: Key[Array, ""] | None = None) -> TowerOutput:
+        """Image tokens of raw pixels."""
+        return self.vision(images, dropout_key)
+
+    def image_side(self, output: TowerOutput) -> ImageSide:
+        """What the pair scores need of images; rows stay divided over the batch axes."""
+        return self.pooler.images(output)
+
+    def text_side(self, tokens: Int[Array, "J L"], mask: Int[Array, "J L"]) -> TextSide:
+        """What the pair scores need of texts."""
+        return self.pooler.texts(self.text(tokens, mask))
+
+    def unconditioned_embedding(self, output: TowerOutput) -> Float[Array, "N d"]:
+        """One vector an image, whatever the text, L2-normalised by the caller where wanted.
+
+        For the mixer this is *not* what pairs are scored with; name it when reporting results obtained from it.
+        """
+        return self.pooler.unconditioned(output)
+
+    def logits(self, images: ImageSide, texts: TextSide) -> Float[Array, "N J"]:
+        """a * cosine + b of every image with every text, float32."""
+        # Images stay where they are; the texts, d numbers each, are gathered.
+        texts = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), texts)
+        scores = jnp.exp(self.log_scale[...]) * cosines(images, texts)
+        if self.bias is not None:
+            scores = scores + self.bias[...]
+        return constrain(scores, "batch", None)
+
+
+def initial_bias(setting: float | str | None, batch_size: int) -> float | None:
+    """Starting value of b; 'prior' is the log-odds of a match, 1 / (batch - 1), among all pairs of a batch."""
+    if setting == "prior":
+        p = 1 / batch_size
+        return math.log(p / (1 - p))
+    return setting  # type: ignore[return-value]  # the other strings are excluded by ModelConfig
+
+
+def compute_dtype(name: str) -> Any:
+    """The type towers compute in."""
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(name).type
+
+
+def abstract_model(config: Config) -> nnx.Module:
+    """The model with shapes in place of arrays: nothing is allocated."""
+    return nnx.eval_shape(lambda: DualEncoder(config, rngs=nnx.Rngs(0)))

@@ -1,0 +1,122 @@
+"""Transformer layers: pre-norm blocks, stacked over depth, with a rematerialisation policy."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from llip_jax.models.sizes import TowerShape
+from llip_jax.parallel.sharding import constrain, in_use
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
+
+# What the forward pass keeps for the backward pass.
+REMAT_POLICIES: dict[str, Any] = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "layer": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def normal_param(rngs: nnx.Rngs, std: float, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """A float32 parameter drawn from N(0, std^2) whose dimensions are named by ``axes`` (parallel.sharding)."""
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+def zeros_param(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    """A float32 parameter of zeros (biases)."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32), axes=axes)
+
+
+def layer_norm(width: int, epsilon: float, dtype: Any, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Layer norm with two-pass variance: the one-pass form loses digits where the mean is large."""
+    return nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Initialised as CLIP's text tower (arXiv 2103.00020), both towers alike: residual projections shrink with depth.
+    """
+
+    def __init__(self, shape: TowerShape, activation: str, epsilon: float, causal: bool, dtype: Any, rngs: nnx.Rngs):
+        d, h, dh = shape.width, shape.heads, shape.width // shape.heads
+        residual_std = d**-0.5 * (2 * shape.layers) ** -0.5
+        self.norm1 = layer_norm(d, epsilon, dtype, rngs)
+        self.qkv = normal_param(rngs, d**-0.5, (d, 3, h, dh), ("embed", None, "heads", None))
+        self.qkv_bias = zeros_param((3, h, dh), (None, "heads", None))
+        self.out = normal_param(rngs, residual_std, (h, dh, d), ("heads", None, "embed"))
+        self.out_bias = zeros_param((d,), (None,))
+        self.norm2 = layer_norm(d, epsilon, dtype, rngs)
+        self.up = normal_param(rngs, (2 * d) ** -0.5, (d, shape.mlp), ("embed", "mlp"))
+        self.up_bias = zeros_param((shape.mlp,), ("mlp",))
+        self.down = normal_param(rngs, residual_std, (shape.mlp, d), ("mlp", "embed"))
+        self.down_bias = zeros_param((d,), (None,))
+        self.activation, self.causal, self.dtype = activation, causal, dtype
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        x = constrain(x + self.attention(self.norm1(x)), "batch", None, None)
+        return constrain(x + self.mlp(self.norm2(x)), "batch", None, None)
+
+    def attention(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Multi-head self-attention."""
+        qkv = jnp.einsum("bsd,dche->cbshe", x, in_use(self.qkv, self.dtype))
+        qkv = constrain(qkv + in_use(self.qkv_bias, self.dtype)[:, None, None], None, "batch", None, "heads", None)
+        mixed = jax.nn.dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=self.causal)
+        return jnp.einsum("bshe,hed->bsd", mixed, in_use(self.out, self.dtype)) + in_use(self.out_bias, self.dtype)
+
+    def mlp(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """Two-layer perceptron."""
+        hidden = x @ in_use(self.up, self.dtype) + in_use(self.up_bias, self.dtype)
+        hidden = ACTIVATIONS[self.activation](constrain(hidden, "batch", None, "mlp"))
+        return hidden @ in_use(self.down, self.dtype) + in_use(self.down_bias, self.dtype)
+
+
+class Transformer(nnx.Module):
+    """Blocks whose parameters are stacked along a leading layer axis, whether the depth is scanned or unrolled."""
+
+    def __init__(
+        self,
+        shape: TowerShape,
+        *,
+        activation: str,
+        epsilon: float,
+        causal: bool,
+        dtype: Any,
+        remat: Literal["none", "dots", "layer"],
+        scan: bool,
+        rngs: nnx.Rngs,
+    ):
+        @nnx.split_rngs(splits=shape.layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def make_blocks(rngs: nnx.Rngs) -> Block:
+            return Block(shape, activation, epsilon, causal, dtype, rngs)
+
+        self.blocks = make_blocks(rngs)
+        self.layers, self.remat, self.scan = shape.layers, remat, scan
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        graph, stacked = nnx.split(self.blocks)
+
+        def layer(x: Array, params: nnx.State) -> Array:
+            return nnx.merge(graph, params)(x)
+
+        if self.remat != "none":
+            # Inside a scan the loop itself keeps the recomputation from being merged with the forward pass.
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=not self.scan)
+        if self.scan:
+            return jax.lax.scan(lambda x, params: (layer(x, params), None), x, stacked)[0]
+        leaves, structure = jax.tree.flatten(stacked)
+        # The transpose of lax.split is one concatenation; that of indexing would add up `layers` padded copies.
+        pieces = zip(*(jax.lax.split(leaf, [1] * self.layers) for leaf in leaves), strict=True)
+        for piece in pieces:
+            x = layer(x, structure.unflatten([leaf[0] for leaf in piece]))
+        return x

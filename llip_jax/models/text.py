@@ -1,0 +1,46 @@
+"""Text tower: a causal transformer read at the end-of-text token."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from llip_jax.config import ModelConfig
+from llip_jax.models.layers import Transformer, layer_norm, normal_param
+from llip_jax.models.sizes import ModelShape
+from llip_jax.parallel.sharding import constrain, in_use
+
+
+class TextTower(nnx.Module):
+    """CLIP's text tower (arXiv 2103.00020, section 2.4)."""
+
+    def __init__(
+        self, config: ModelConfig, shape: ModelShape, vocabulary: int, *, dtype: Any, scan: bool, rngs: nnx.Rngs
+    ):
+        d = shape.text.width
+        self.embedding = normal_param(rngs, 0.02, (vocabulary, d), ("vocab", "embed"))
+        self.positions = normal_param(rngs, 0.01, (config.text.length, d), (None, "embed"))
+        self.transformer = Transformer(
+            shape.text,
+            activation=config.activation,
+            epsilon=config.layer_norm_epsilon,
+            causal=True,
+            dtype=dtype,
+            remat=config.remat,
+            scan=scan,
+            rngs=rngs,
+        )
+        self.norm_final = layer_norm(d, config.layer_norm_epsilon, dtype, rngs)
+        self.dtype = dtype
+
+    def __call__(self, tokens: Int[Array, "J L"], mask: Int[Array, "J L"]) -> Float[Array, "J Dt"]:
+        """The token before the padding, after the final norm: the end-of-text token.
+
+        ``mask`` is 1 on real tokens and 0 on the padding behind them; the causal attention never looks there. A text
+        without any token (an empty caption slot) reads its first position.
+        """
+        x = in_use(self.embedding, self.dtype)[tokens] + in_use(self.positions, self.dtype)[: tokens.shape[1]]
+        x = self.transformer(constrain(x, "batch", None, None))
+        last = jnp.maximum(mask.sum(axis=1) - 1, 0)
+        return self.norm_final(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])

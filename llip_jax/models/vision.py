@@ -1,0 +1,93 @@
+"""Vision tower: a ViT over learned image tokens and patches."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key, UInt8
+
+from llip_jax.config import ModelConfig
+from llip_jax.models.layers import Transformer, layer_norm, normal_param
+from llip_jax.models.sizes import ModelShape
+from llip_jax.parallel.sharding import constrain, in_use
+
+
+class TowerOutput(NamedTuple):
+    """Image tokens after the final layer norm.
+
+    mixture: the learned tokens: K mixture tokens, or a class token (first) and registers.
+    patches: one token a patch, row by row; fewer under patch dropout.
+    """
+
+    mixture: Float[Array, "N K Dv"]
+    patches: Float[Array, "N P Dv"]
+
+
+def patchify(images: Float[Array, "N H W C"], patch: int) -> Float[Array, "N P patch*patch*C"]:
+    """Cuts images into flattened square patches, row by row."""
+    n, h, w, c = images.shape
+    x = images.reshape(n, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, (h // patch) * (w // patch), patch * patch * c)
+
+
+class VisionTower(nnx.Module):
+    """ViT over [learned tokens ; patches] with CLIP's extra layer norm before the blocks.
+
+    Learned tokens have no position: theirs would only add to the token itself. (CLIP's checkpoints carry one for the
+    class token; added to the token it gives the same function with ``width`` fewer parameters.)
+    """
+
+    def __init__(self, config: ModelConfig, shape: ModelShape, tokens: int, *, dtype: Any, scan: bool, rngs: nnx.Rngs):
+        d = shape.vision.width
+        patches = (config.image_size // shape.patch) ** 2
+        pixels = shape.patch**2 * 3
+        self.patch_kernel = normal_param(rngs, pixels**-0.5, (pixels, d), (None, "embed"))
+        self.tokens = normal_param(rngs, d**-0.5, (tokens, d), (None, "embed"))
+        self.positions = normal_param(rngs, d**-0.5, (patches, d), (None, "embed"))
+        self.norm_pre = layer_norm(d, config.layer_norm_epsilon, dtype, rngs)
+        self.transformer = Transformer(
+            shape.vision,
+            activation=config.activation,
+            epsilon=config.layer_norm_epsilon,
+            causal=False,
+            dtype=dtype,
+            remat=config.remat,
+            scan=scan,
+            rngs=rngs,
+        )
+        self.norm_post = layer_norm(d, config.layer_norm_epsilon, dtype, rngs)
+        self.patch, self.image_size, self.patch_dropout, self.dtype = (
+            shape.patch,
+            config.image_size,
+            config.patch_dropout,
+            dtype,
+        )
+        self.mean, self.std = config.image_mean, config.image_std
+
+    def __call__(self, images: UInt8[Array, "N H W 3"], dropout_key: Key[Array, ""] | None = None) -> TowerOutput:
+        """Image tokens; ``dropout_key`` turns patch dropout on (training).
+
+        Raises:
+            ValueError: images of another size or type.
+        """
+        if images.dtype != jnp.uint8 or images.shape[1:] != (self.image_size, self.image_size, 3):
+            expected = f"uint8 [N, {self.image_size}, {self.image_size}, 3]"
+            raise ValueError(f"images: expected {expected}, got {images.dtype} {list(images.shape)}")
+        pixels = (images.astype(self.dtype) / 255 - jnp.asarray(self.mean, self.dtype)) / jnp.asarray(self.std, self.dtype)
+        x = patchify(pixels, self.patch) @ in_use(self.patch_kernel, self.dtype) + in_use(self.positions, self.dtype)
+        if dropout_key is not None and self.patch_dropout > 0:
+            x = drop_patches(x, self.patch_dropout, dropout_key)
+        tokens = in_use(self.tokens, self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape)), x], axis=1)
+        x = self.norm_post(self.transformer(self.norm_pre(constrain(x, "batch", None, None))))
+        return TowerOutput(mixture=x[:, : tokens.shape[0]], patches=x[:, tokens.shape[0] :])
+
+
+def drop_patches(x: Float[Array, "N P D"], rate: float, key: Key[Array, ""]) -> Float[Array, "N kept D"]:
+    """Keeps a random ceil((1 - rate) P) of each image's patches (FLIP, arXiv 2212.00794)."""
+    n, patches, _ = x.shape
+    keep = math.ceil((1 - rate) * patches)
+    order = jnp.argsort(jax.random.uniform(key, (n, patches)), axis=1)[:, :keep]
+    return jnp.take_along_axis(x, order[:, :, None], axis=1)

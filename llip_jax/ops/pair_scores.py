@@ -1,0 +1,65 @@
+"""Cosines between every image and every text, the image mixed by the text it is compared with.
+
+The contract for every implementation: projected sides in, cosines [N, J] out. This one is dense and meant to be
+read; its peak memory is one array of N x J x d.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class MixtureSide(NamedTuple):
+    """Images that a text will mix: keys and values of K mixture tokens in M heads, and the output projection."""
+
+    keys: Float[Array, "N K M dh"]
+    values: Float[Array, "N K M dh"]
+    output: Float[Array, "d d"]
+    temperature: float
+
+
+class FixedSide(NamedTuple):
+    """Images with one vector whatever the text (class token, learned average)."""
+
+    embedding: Float[Array, "N d"]
+
+
+class TextSide(NamedTuple):
+    """Texts: the vector an image is compared with, and the queries that mix it (None for fixed images)."""
+
+    embedding: Float[Array, "J d"]
+    queries: Float[Array, "J M dh"] | None = None
+
+
+ImageSide = MixtureSide | FixedSide
+
+
+def normalize(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    """L2-normalised along the last axis in float32; the zero vector stays zero, with a finite gradient."""
+    x = x.astype(jnp.float32)
+    # Clamping the squared norm (not the norm) keeps the gradient of sqrt finite at zero.
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+def mix(images: MixtureSide, queries: Float[Array, "J M dh"]) -> Float[Array, "N J d"]:
+    """Every image mixed by every text, not yet normalised (Llip, arXiv 2405.00740, section 3)."""
+    products = jnp.einsum("jmh,nkmh->njmk", queries, images.keys, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(products / images.temperature, axis=-1).astype(images.values.dtype)
+    mixed = jnp.einsum("njmk,nkmh->njmh", weights, images.values)
+    return mixed.reshape(*mixed.shape[:2], -1) @ images.output
+
+
+def cosines(images: ImageSide, texts: TextSide) -> Float[Array, "N J"]:
+    """Cosine of image i (mixed by text j, where images are mixed) with text j.
+
+    The pair (i, j) is always scored with text j's own mixture, positives and negatives alike: mixing by another text
+    would let the model read the answer off the mixing text.
+    """
+    t = normalize(texts.embedding)
+    if isinstance(images, FixedSide):
+        return jnp.einsum("nd,jd->nj", normalize(images.embedding), t)
+    if texts.queries is None:
+        raise ValueError("mixture images need texts with queries")
+    return jnp.einsum("njd,jd->nj", normalize(mix(images, texts.queries)), t)

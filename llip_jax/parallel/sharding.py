@@ -1,0 +1,71 @@
+"""Logical-axis rules: which mesh axis divides which array dimension.
+
+Parameters name their dimensions (``axes`` of a Param, e.g. ("embed", "mlp")). Two tables say where a dimension lives:
+one for parameters at rest (divided over ``fsdp`` and ``tensor``, with the optimizer state beside them) and one for
+parameters in use (gathered over ``fsdp``). The gather before use is written in :func:`in_use`, not left to the
+compiler, which otherwise may move whole activations instead.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+Axes = Sequence[str | None]
+Rules = Mapping[str, str | tuple[str, ...]]
+
+AT_REST: Rules = {"embed": "fsdp", "mlp": "tensor", "heads": "tensor", "vocab": "tensor"}
+IN_USE: Rules = {"mlp": "tensor", "heads": "tensor"}
+ACTIVATIONS: Rules = {"batch": ("data", "fsdp"), "mlp": "tensor", "heads": "tensor"}
+
+
+def partition_spec(shape: Sequence[int], axes: Axes, rules: Rules, mesh_shape: Mapping[str, int]) -> PartitionSpec:
+    """Where an array with named dimensions lives on the mesh.
+
+    A dimension that its mesh axis does not divide stays whole. Leading dimensions without a name (the stack of
+    layers) stay whole too.
+    """
+    axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    spec = []
+    for size, name in zip(shape, axes, strict=True):
+        target = rules.get(name) if name is not None else None
+        names = (target,) if isinstance(target, str) else target or ()
+        divides = names and size % math.prod(mesh_shape[n] for n in names) == 0
+        spec.append(target if divides else None)
+    return PartitionSpec(*spec)
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Pins an activation to the mesh in use; without a mesh (plain function calls) it changes nothing."""
+    return _pin(x, axes, ACTIVATIONS)
+
+
+def in_use(parameter: nnx.Param, dtype: Any) -> Array:
+    """A parameter as computation needs it: cast to the compute type, then gathered over ``fsdp``."""
+    return _pin(parameter[...].astype(dtype), parameter.get_metadata()["axes"], IN_USE)
+
+
+def _pin(x: Array, axes: Axes, rules: Rules) -> Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, axes, rules, mesh.shape))
+
+
+def parameter_specs(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
+    """PartitionSpec of every parameter at rest, as a nested dict like ``nnx.to_pure_dict(params)``."""
+
+    def spec(_: Any, variable: nnx.Variable) -> PartitionSpec:
+        axes = variable.get_metadata().get("axes", ())
+        return partition_spec(variable.shape, axes, AT_REST, mesh.shape)
+
+    return nnx.to_pure_dict(nnx.map_state(spec, params))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of host batches: rows over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

@@ -1,0 +1,52 @@
+"""Floating-point operations of a training step, counted from the model's shape, and the peak of known chips."""
+
+import jax
+
+from llip_jax.config import Config
+from llip_jax.models.pooling import token_count
+from llip_jax.models.sizes import TowerShape, model_shape
+
+PEAK_BF16_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bf16 peak of a chip by ``jax.Device.device_kind``, from the makers' data sheets."""
+
+
+def train_step_flops(config: Config) -> float:
+    """Model FLOPs of one step: 3 x the forward pass (recomputation is not work the model asked for)."""
+    shape = model_shape(config.model)
+    d, images = shape.embed_dim, config.train.batch_size
+    texts = images * config.data.captions.slots
+    patches = round((config.model.image_size // shape.patch) ** 2 * (1 - config.model.patch_dropout))
+    tokens = token_count(config.model)
+    vision = _tower(shape.vision, tokens + patches) + 2 * patches * shape.patch**2 * 3 * shape.vision.width
+    text = _tower(shape.text, config.model.text.length)
+    if config.model.pooler == "mixer":
+        projections = images * 4 * tokens * shape.vision.width * d + texts * 4 * shape.text.width * d
+        pairs = 4 * tokens * d + 2 * d * d + 2 * d
+    else:
+        projections = images * 2 * tokens * shape.vision.width * d + texts * 2 * shape.text.width * d
+        pairs = 2 * d
+    return 3.0 * (images * vision + texts * text + projections + images * texts * pairs)
+
+
+def _tower(shape: TowerShape, tokens: int) -> float:
+    """Forward FLOPs of one sequence: 2 a weight and token, and the two attention products (causal ones counted full)."""
+    weights = 4 * shape.width**2 + 2 * shape.width * shape.mlp
+    return shape.layers * (2 * tokens * weights + 4 * tokens**2 * shape.width)
+
+
+def peak_flops(devices: list[jax.Device]) -> float | None:
+    """Peak of all devices together, or None where a kind is not in the table."""
+    peaks = [PEAK_BF16_FLOPS.get(d.device_kind) for d in devices]
+    return None if None in peaks else sum(p for p in peaks if p is not None)

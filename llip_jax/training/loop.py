@@ -1,0 +1,268 @@
+"""The training loop: effects around a pure step."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from llip_jax.config import Config, ConfigError
+from llip_jax.data.pipeline import build_source, build_tokenizer, train_batches
+from llip_jax.data.records import Batch
+from llip_jax.evaluation.evaluator import Evaluator
+from llip_jax.evaluation.results import summary
+from llip_jax.parallel.mesh import batch_shards, make_mesh
+from llip_jax.parallel.sharding import batch_sharding
+from llip_jax.training import run_directory
+from llip_jax.training.checkpoints import Checkpoints, Progress
+from llip_jax.training.flops import peak_flops, train_step_flops
+from llip_jax.training.metrics import MetricsWriter, progress_bar, write_json
+from llip_jax.training.optimizer import make_optimizer
+from llip_jax.training.preemption import Stopped, StopRequest
+from llip_jax.training.recorder import Recorder
+from llip_jax.training.state import StateSpec, TrainState, init_state, state_spec
+from llip_jax.training.step import DEVICE_COLUMNS, TrainStep, make_train_step
+
+EXIT_FINISHED, EXIT_STOPPED = 0, 75
+
+
+def check(config: Config) -> str:
+    """Validates a configuration against this machine's devices; the parameter table. Allocates no parameter.
+
+    Raises:
+        ConfigError: what does not fit.
+    """
+    mesh = make_mesh(config.mesh)
+    _check_batch(config, mesh)
+    spec = state_spec(config, make_optimizer(config.optimizer, config.train.steps), mesh)
+    return run_directory.parameter_table(spec.abstract)
+
+
+def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.perf_counter) -> int:
+    """Trains to ``train.steps``, going on from the newest checkpoint in ``workdir``; the process's exit code.
+
+    A run is a function of its configuration and data: stopping and starting it again gives the same numbers, bit by
+    bit. Returns 0 when finished and 75 when a signal stopped the run after a checkpoint.
+
+    Raises:
+        ConfigError: bad configuration, data or run directory.
+        Diverged: loss or gradient is not finite.
+    """
+    started = clock()
+    mesh = make_mesh(config.mesh)
+    _check_batch(config, mesh)
+    run_directory.prepare(workdir, config)
+    with StopRequest() as stop, jax.set_mesh(mesh), ThreadPoolExecutor(1) as background:
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        spec = state_spec(config, optimizer, mesh)
+        (workdir / "model.txt").write_text(run_directory.parameter_table(spec.abstract))
+        # XLA compiles outside the interpreter lock: data and state are made meanwhile.
+        compiling = background.submit(_compile, make_train_step(config, spec, optimizer), config, spec, mesh)
+        source = build_source(config.data, "train", config.model.image_size)
+        eval_source = build_source(config.data, "eval", config.model.image_size)
+        tokenizer = build_tokenizer(config.data.tokenizer, source, workdir / "tokenizer.json")
+        data_ready = clock()
+        checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
+        state, progress = _restore_or_init(config, checkpoints, optimizer, spec, source.fingerprint())
+        state_ready = clock()
+        train_step = compiling.result()
+        print(
+            f"ready after {clock() - started:.1f} s (data and tokenizer {data_ready - started:.1f} s, state "
+            f"{state_ready - data_ready:.1f} s, then waiting for the compiler {clock() - state_ready:.1f} s)",
+            flush=True,
+        )
+        start = int(state.step)
+        batches = train_batches(
+            source,
+            tokenizer,
+            config.data,
+            image_size=config.model.image_size,
+            text_length=config.model.text.length,
+            seed=config.seed,
+            batch_size=config.train.batch_size,
+            start_step=start,
+            stop_step=config.train.steps,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        evaluator = Evaluator(config, spec.graph, mesh, eval_source, tokenizer)
+        writer = MetricsWriter(workdir, start)
+        peak = peak_flops(list(mesh.devices.flat))
+        try:
+            with progress_bar(config.train.steps, start, "step", "training") as bar:
+                recorder = Recorder(config, writer, bar, clock, peak and train_step_flops(config) / peak)
+                loop = _Loop(config, workdir, mesh, train_step, evaluator, checkpoints, recorder, writer, stop, clock)
+                return loop.run(state, batches, progress)
+        finally:
+            writer.close()
+            checkpoints.close()
+
+
+def evaluate_run(workdir: Path, step: int | None = None) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run (the newest, or that of ``step``) and writes eval/STEP.json.
+
+    Raises:
+        ConfigError: no run, no such checkpoint, or data that is gone.
+    """
+    config = run_directory.read_config(workdir)
+    mesh = make_mesh(config.mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True)
+    step = checkpoints.latest if step is None else step
+    if step is None or step not in checkpoints.steps:
+        raise ConfigError(f"--step: no checkpoint {step} in {workdir}; there are: {checkpoints.steps or 'none'}")
+    source = build_source(config.data, "eval", config.model.image_size)
+    tokenizer = build_tokenizer(config.data.tokenizer, source, workdir / "tokenizer.json")
+    with jax.set_mesh(mesh):
+        spec = state_spec(config, make_optimizer(config.optimizer, config.train.steps), mesh)
+        params = checkpoints.restore_params(step, spec.abstract.params)
+        evaluator = Evaluator(config, spec.graph, mesh, source, tokenizer)
+        return _evaluate(evaluator, params, step, workdir)
+
+
+class _Loop:
+    """What happens at each count of updates done: save, evaluate, stop, or one more update."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        mesh: Mesh,
+        train_step: TrainStep,
+        evaluator: Evaluator,
+        checkpoints: Checkpoints,
+        recorder: Recorder,
+        writer: MetricsWriter,
+        stop: StopRequest,
+        clock: Callable[[], float],
+    ):
+        self._config, self._workdir, self._train_step = config, workdir, train_step
+        self._evaluator, self._checkpoints, self._recorder = evaluator, checkpoints, recorder
+        self._writer, self._stop, self._clock = writer, stop, clock
+        self._sharding = batch_sharding(mesh)
+
+    def run(self, state: TrainState, batches: Iterator[Batch], progress: Progress) -> int:
+        """Loops until the last step is saved and evaluated (0) or a signal has been honoured (75)."""
+        config, begun_run, step = self._config, self._clock(), int(state.step)
+        while True:
+            last = step == config.train.steps
+            stopping = self._stop.signal_name is not None
+            if step > 0 and (last or stopping or step % config.checkpoint.every_steps == 0):
+                # Nothing is saved before its step is known to be finite, at the price of waiting for it.
+                self._recorder.flush()
+                elapsed = progress.elapsed_s + self._clock() - begun_run
+                self._checkpoints.save(
+                    state, progress._replace(examples_seen=step * config.train.batch_size, elapsed_s=elapsed)
+                )
+            if step > 0 and not stopping and (last or step % config.eval.every_steps == 0):
+                self._recorder.flush()
+                stopping = not self._evaluate_unless_done(step, state)
+            if stopping:
+                self._checkpoints.wait()
+                print(f"\nstopped by {self._stop.signal_name} after step {step}, saved; the same command goes on from there")
+                return EXIT_STOPPED
+            if last:
+                return EXIT_FINISHED
+            begun = self._clock()
+            batch = next(batches)
+            waited = self._clock() - begun
+            # Only the batch crosses to the device, explicitly; anything else that would is an error.
+            with jax.transfer_guard("disallow"):
+                state, metrics = self._train_step(state, self._to_devices(batch))
+            step += 1
+            self._recorder.add(step, metrics, batch["sample_id"], begun, waited)
+
+    def _evaluate_unless_done(self, step: int, state: TrainState) -> bool:
+        """False when a signal interrupted it."""
+        path = self._workdir / "eval" / f"{step}.json"
+        if path.exists():
+            return True
+        try:
+            results = _evaluate(self._evaluator, state.params, step, self._workdir, self._stop.check)
+        except Stopped:
+            return False
+        for task in ("zero_shot", "retrieval"):
+            self._writer.scalars(step, results.get(task, {}), prefix=f"eval/{task}/")
+        return True
+
+    def _to_devices(self, batch: Batch) -> dict[str, Array]:
+        return {
+            name: jax.make_array_from_process_local_data(self._sharding, batch[name])  # type: ignore[literal-required]
+            for name in DEVICE_COLUMNS
+        }
+
+
+def _evaluate(
+    evaluator: Evaluator, params: Any, step: int, workdir: Path, check_stop: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Evaluates with a progress bar, prints the table and writes eval/STEP.json."""
+    with progress_bar(evaluator.images, 0, "image", "evaluating", keep=False) as bar:
+
+        def advance(images: int) -> None:
+            bar.update(images)
+            check_stop()
+
+        results = {"step": step, **evaluator(params, advance)}
+    if jax.process_index() == 0:
+        (workdir / "eval").mkdir(exist_ok=True)
+        write_json(workdir / "eval" / f"{step}.json", results)
+        print("\n" + summary(results), flush=True)
+    return results
+
+
+def _check_batch(config: Config, mesh: Mesh) -> None:
+    shards, batch = batch_shards(mesh), config.train.batch_size
+    if batch % shards:
+        raise ConfigError(
+            f"train.batch_size={batch} does not divide over the {shards} devices of mesh.data x mesh.fsdp "
+            f"({batch} = {batch // shards} x {shards} + {batch % shards}); nearest: {batch - batch % shards or shards}"
+        )
+
+
+def _compile(train_step: TrainStep, config: Config, spec: StateSpec, mesh: Mesh) -> TrainStep:
+    """The step compiled ahead of time for the one batch shape of the run: a second shape is an error, not a stall."""
+    batch, slots, length = config.train.batch_size, config.data.captions.slots, config.model.text.length
+    side = config.model.image_size
+    shapes = {
+        "image": ((batch, side, side, 3), np.uint8),
+        "text": ((batch, slots, length), np.int32),
+        "text_mask": ((batch, slots, length), np.int32),
+        "caption_weight": ((batch, slots), np.float32),
+        "image_group": ((batch,), np.int32),
+        "text_group": ((batch, slots), np.int32),
+        "replaced": ((batch,), np.int32),
+    }
+    sharding = batch_sharding(mesh)
+    abstract = {
+        name: jax.ShapeDtypeStruct(*shapes[name], sharding=sharding) for name in DEVICE_COLUMNS
+    }
+    with jax.set_mesh(mesh):  # a setting of the thread, and this runs in one of its own
+        jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(spec.shardings, None))
+        return jitted.lower(spec.abstract, abstract).compile()
+
+
+def _restore_or_init(
+    config: Config,
+    checkpoints: Checkpoints,
+    optimizer: optax.GradientTransformation,
+    spec: StateSpec,
+    data_fingerprint: str,
+) -> tuple[TrainState, Progress]:
+    step = checkpoints.latest
+    if step is None:
+        return init_state(config, optimizer, spec), Progress(0, 0.0, data_fingerprint)
+    if step > config.train.steps:
+        raise ConfigError(f"train.steps={config.train.steps}, but the run directory holds a checkpoint of step {step}")
+    state, progress = checkpoints.restore(step, spec.abstract)
+    if progress.data_fingerprint != data_fingerprint:
+        raise ConfigError(
+            f"data: the training data has changed since checkpoint {step} (fingerprint {progress.data_fingerprint}, now "
+            f"{data_fingerprint}): the run cannot go on exactly. Put the data back, or start in a new run directory."
+        )
+    print(f"going on from step {step} ({progress.examples_seen:,} examples, {progress.elapsed_s:.0f} s of training)")
+    return state, progress

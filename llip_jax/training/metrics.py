@@ -1,0 +1,79 @@
+"""Where numbers go: metrics.jsonl, TensorBoard, and the progress bar."""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that is either the old or the new one, never half of it."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+class MetricsWriter:
+    """Appends one object a logged step to metrics.jsonl, and the same to TensorBoard.
+
+    start_step: lines of later steps, left by a run that died after its last checkpoint, are dropped, so that the file
+    holds every step once.
+    """
+
+    def __init__(self, workdir: Path, start_step: int):
+        self._path = workdir / "metrics.jsonl"
+        self._keep_until(start_step)
+        self._file = self._path.open("a")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """One line; None becomes null."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        self.scalars(step, values)
+
+    def scalars(self, step: int, values: Mapping[str, Any], prefix: str = "") -> None:
+        """Numbers for TensorBoard only."""
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self._tensorboard.add_scalar(prefix + name, value, step)
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        self._tensorboard.close()
+
+    def _keep_until(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] > step:
+                    break
+            except ValueError:  # a line cut off by a kill is the last one
+                break
+            kept.append(line + "\n")
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self._path)
+
+
+def progress_bar(total: int, initial: int, unit: str, label: str, *, keep: bool = True) -> Any:
+    """A bar on standard error with rate and time left; every ten seconds only where that is no terminal."""
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        initial=initial,
+        unit=unit,
+        desc=label,
+        leave=keep,
+        mininterval=0.5 if interactive else 10,
+        dynamic_ncols=interactive,
+        smoothing=0.1,
+    )

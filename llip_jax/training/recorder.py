@@ -1,0 +1,92 @@
+"""Turns each step's device metrics into log lines, one step late."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from llip_jax.config import Config
+from llip_jax.training.metrics import MetricsWriter
+
+
+class Diverged(FloatingPointError):
+    """Loss or gradient became infinite or NaN; the last checkpoint is from before that."""
+
+
+class _Pending(NamedTuple):
+    step: int
+    metrics: Mapping[str, Array]
+    sample_hash: int
+
+
+class Recorder:
+    """Checks every step's metrics and logs those that are due.
+
+    The host reads the numbers of step n only after step n + 1 has been handed to the device, so that the device never
+    waits for the host. ``step`` in a log line is the number of updates done; its loss is that of the parameters before
+    the last of them.
+    """
+
+    def __init__(
+        self, config: Config, writer: MetricsWriter, bar: Any, clock: Callable[[], float], peak_flops_share: float | None
+    ):
+        """``peak_flops_share``: seconds that a step would take at the chips' peak, None where that is unknown."""
+        self._config, self._writer, self._bar, self._clock = config, writer, bar, clock
+        self._ideal_s = peak_flops_share
+        self._pending: _Pending | None = None
+        self._steps, self._busy_s, self._waited_s, self._replaced = 0, 0.0, 0.0, 0
+
+    def add(self, step: int, metrics: Mapping[str, Array], sample_id: Int[np.ndarray, "B"], begun: float, waited: float):
+        """Takes the metrics of a step just dispatched, begun at clock time ``begun`` with ``waited`` s for its batch.
+
+        Raises:
+            Diverged: the step before this one is not finite.
+        """
+        self.flush()
+        self._pending = _Pending(step, metrics, zlib.crc32(np.ascontiguousarray(sample_id)))
+        self._steps += 1
+        self._busy_s += self._clock() - begun
+        self._waited_s += waited
+
+    def flush(self) -> None:
+        """Waits for the last step added and logs it if due.
+
+        Raises:
+            Diverged: it is not finite.
+        """
+        if self._pending is None:
+            return
+        begun = self._clock()
+        (step, metrics, sample_hash), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        self._busy_s += self._clock() - begun
+        if not values.pop("finite"):
+            raise Diverged(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite. The newest "
+                "checkpoint is from before this step. A lower optimizer.learning_rate or a longer warm-up often helps."
+            )
+        self._replaced += int(values.pop("replaced_samples"))
+        self._bar.update(1)
+        self._bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
+        if step % self._config.train.log_every_steps == 0 or step == self._config.train.steps:
+            self._write(step, values, sample_hash)
+
+    def _write(self, step: int, values: dict[str, float], sample_hash: int) -> None:
+        step_time = self._busy_s / max(self._steps, 1)
+        line = {
+            "loss": values.pop("loss"),
+            "examples_seen": step * self._config.train.batch_size,
+            "examples_per_second": self._config.train.batch_size / step_time,
+            "step_time_s": step_time,
+            "data_wait_fraction": self._waited_s / self._busy_s,
+            "mfu": None if self._ideal_s is None else self._ideal_s / step_time,
+            "logit_bias": None,
+            **values,
+            "replaced_samples": self._replaced,
+            "sample_hash": sample_hash,
+        }
+        self._writer.write(step, line)
+        self._steps, self._busy_s, self._waited_s = 0, 0.0, 0.0

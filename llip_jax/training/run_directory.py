@@ -1,0 +1,85 @@
+"""The run directory's descriptive files: config.json and model.txt."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llip_jax.config import Config, ConfigError, differences, resolve, to_dict
+from llip_jax.training.metrics import write_json
+from llip_jax.training.state import TrainState
+
+SAMPLE_ORDER_FIELDS = ("seed", "train.batch_size", "data", "model.image_size", "model.text.length")
+"""What decides which samples, in which form, a step sees: a run cannot be resumed with any of these changed."""
+
+
+def prepare(workdir: Path, config: Config) -> None:
+    """Creates the run directory or checks that this configuration may go on with the run in it.
+
+    Raises:
+        ConfigError: the directory cannot be written, or holds a run with another sample order.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".write_test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"--workdir: cannot write to {workdir}: {error.strerror}") from None
+    if (workdir / "config.json").exists():
+        lines = [
+            line
+            for line in differences(read_config(workdir), config)
+            if any(line.startswith((f"{name}.", f"{name}:")) for name in SAMPLE_ORDER_FIELDS)
+        ]
+        if lines:
+            raise ConfigError(
+                f"--workdir: {workdir} holds a run that cannot go on with another data order; use a new directory, or "
+                "set back:\n" + "\n".join(f"  {line}" for line in lines)
+            )
+    write_json(workdir / "config.json", to_dict(config))
+
+
+def read_config(workdir: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+        ConfigError: there is none, or it cannot be read.
+    """
+    path = workdir / "config.json"
+    try:
+        return resolve(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ConfigError(f"--workdir: no run in {workdir} (no config.json)") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parameter_table(state: TrainState) -> str:
+    """One line a parameter (shape, sharding, megabytes, share), then totals; works on abstract states."""
+    rows = []
+    for path, x in jax.tree_util.tree_leaves_with_path(state.params):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rows.append((name, str(list(x.shape)), str(x.sharding.spec), x.size))
+    total = sum(size for *_, size in rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [
+        f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {spec:<{widths[2]}}  {size * 4 / 2**20:9.2f} MiB {size / total:7.2%}"
+        for name, shape, spec, size in rows
+    ]
+    lines.append(f"\nparameters: {total:,} ({total * 4 / 2**30:.3f} GiB in float32)")
+    for part in ("vision", "text", "pooler"):
+        lines.append(f"  {part}: {sum(x.size for x in jax.tree.leaves(state.params[part])):,}")
+    lines.append(f"state (parameters and optimizer): {_bytes(state) / 2**30:.3f} GiB")
+    lines.append(f"state on each device: {_bytes(state, per_device=True) / 2**30:.3f} GiB")
+    return "\n".join(lines) + "\n"
+
+
+def _bytes(tree: Any, per_device: bool = False) -> int:
+    def size(x: Any) -> int:
+        shape = x.sharding.shard_shape(x.shape) if per_device else x.shape
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(size(x) for x in jax.tree.leaves(tree))

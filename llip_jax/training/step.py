@@ -1,0 +1,60 @@
+"""One training step: a pure function of state and batch."""
+
+import zlib
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from llip_jax.config import Config
+from llip_jax.objectives.objective import Forward, objective
+from llip_jax.training.optimizer import clamp_logit_scale, learning_rate_schedule
+from llip_jax.training.state import StateSpec, TrainState
+
+Metrics = dict[str, Float[Array, ""]]
+Batch = Mapping[str, Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+DEVICE_COLUMNS = ("image", "text", "text_mask", "caption_weight", "image_group", "text_group", "replaced")
+"""What a step reads of data.records.Batch."""
+
+
+def stream_key(seed: int, stream: str, step: Int[Array, ""]) -> Key[Array, ""]:
+    """Random key of one named stream in one step; nothing to store, nothing to replay on resume."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode())), step)
+
+
+def make_train_step(config: Config, spec: StateSpec, optimizer: optax.GradientTransformation) -> TrainStep:
+    """``train_step(state, batch) -> (state, metrics)``, not yet compiled.
+
+    Metrics are those of the parameters before the update; ``finite`` is 0 once loss or gradient is not finite.
+    """
+    schedule = learning_rate_schedule(config.optimizer, config.train.steps)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        dropout_key = stream_key(config.seed, "patch_dropout", state.step)
+
+        def loss_fn(params: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+            return objective(config.objective, Forward(nnx.merge(spec.graph, params), batch, dropout_key))
+
+        (loss, terms), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = clamp_logit_scale(optax.apply_updates(state.params, updates))
+        grad_norm = optax.global_norm(gradients)
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+            "learning_rate": schedule(state.step),
+            "logit_scale": jnp.exp(state.params["log_scale"]),
+            "replaced_samples": batch["replaced"].sum(),
+            **terms,
+        }
+        if "bias" in state.params:
+            metrics["logit_bias"] = state.params["bias"]
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step

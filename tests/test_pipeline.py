@@ -1,0 +1,322 @@
+"""The training order, batches under any division of the work, replacement of bad images, evaluation, builders."""
+
+import io
+import itertools
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llip_jax.config import AugmentConfig, CaptionConfig, ConfigError, DataConfig, TokenizerConfig, ToyWorldConfig
+from llip_jax.data import pipeline
+from llip_jax.data.captions import choose_captions, generator
+from llip_jax.data.images import augment, resize_for_eval
+from llip_jax.data.pipeline import build_source, build_tokenizer, eval_images, group_hash, sample_order, train_batches
+from llip_jax.data.records import Record
+from llip_jax.data.tokenizers import ClipTokenizer
+
+CONFIG = DataConfig(
+    augment=AugmentConfig(crop_scale=(0.5, 1.0), flip=True, color=0.2),
+    captions=CaptionConfig(slots=3, specific_probability=0.7),
+    threads=2,
+)
+SIZE, LENGTH = 8, 12
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """Random pictures: even samples encoded, odd ones as pixels; those in ``damaged`` cannot be decoded, and those in
+    ``missing`` cannot be read."""
+
+    size: int = 23
+    damaged: frozenset[int] = field(default_factory=frozenset)
+    missing: frozenset[int] = field(default_factory=frozenset)
+
+    def __len__(self):
+        return self.size
+
+    def pixels(self, index):
+        return np.random.default_rng(index).integers(0, 256, (10, 12, 3), np.uint8)
+
+    def __getitem__(self, index):
+        if index in self.missing:
+            raise FileNotFoundError(f"no file for sample {index}")
+        image = self.pixels(index)
+        if index % 2 == 0 or index in self.damaged:
+            buffer = io.BytesIO()
+            Image.fromarray(image).save(buffer, "PNG")
+            image = buffer.getvalue()
+            image = image[: len(image) // 2] if index in self.damaged else image
+        captions = tuple(f"Picture {index} caption {i}" for i in range(1 + index % 5))
+        return Record(image, captions, (len(captions) + 1) // 2, f"group {index // 2}", f"picture {index}")
+
+    def fingerprint(self):
+        return str(self.size)
+
+
+def batches(source=None, config=CONFIG, *, start=0, stop=9, batch_size=8, seed=4, **processes):
+    iterator = train_batches(
+        source or PictureSource(),
+        ClipTokenizer(),
+        config,
+        image_size=SIZE,
+        text_length=LENGTH,
+        seed=seed,
+        batch_size=batch_size,
+        start_step=start,
+        stop_step=stop,
+        **processes,
+    )
+    result = list(iterator)
+    iterator.close()
+    return result
+
+
+def assert_equal(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key].dtype == b[key].dtype
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+def test_order_visits_every_sample_once_an_epoch(size):
+    order = sample_order(size, seed=5)
+    epochs = [[order[epoch * size + i] for i in range(size)] for epoch in range(4)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    if size > 7:
+        others = [[sample_order(size, seed)[i] for i in range(size)] for seed in (4, 6)]
+        assert len({tuple(epoch) for epoch in epochs + others}) == 6
+
+
+def test_neighbouring_seeds_share_no_epoch():
+    epochs = {
+        tuple(sample_order(50, seed)[50 * epoch + i] for i in range(50)) for seed in range(4) for epoch in range(4)
+    }
+    assert len(epochs) == 16
+
+
+def test_order_far_ahead():
+    order = sample_order(1000, seed=0)
+    start = 10**9
+    assert sorted(order[start + i] for i in range(1000)) == list(range(1000))
+
+
+def test_batches_visit_every_sample_once_an_epoch():
+    ids = np.concatenate([batch["sample_id"] for batch in batches(stop=23)])
+    for epoch in ids.reshape(8, 23):
+        assert sorted(epoch) == list(range(23))
+
+
+def test_shapes_and_types():
+    for batch in batches(batch_size=6, stop=2):
+        shapes = {key: (value.shape, value.dtype.name) for key, value in batch.items()}
+        assert shapes == {
+            "image": ((6, SIZE, SIZE, 3), "uint8"),
+            "text": ((6, 3, LENGTH), "int32"),
+            "text_mask": ((6, 3, LENGTH), "int32"),
+            "caption_weight": ((6, 3), "float32"),
+            "caption_source": ((6, 3), "int32"),
+            "image_group": ((6,), "int32"),
+            "text_group": ((6, 3), "int32"),
+            "sample_id": ((6,), "int32"),
+            "replaced": ((6,), "int32"),
+        }
+
+
+def test_rows_from_their_parts():
+    source, tokenizer, seed = PictureSource(), ClipTokenizer(), 4
+    order = sample_order(len(source), seed)
+    for step, batch in enumerate(batches(source, seed=seed, stop=6), start=0):
+        for row in range(8):
+            position = step * 8 + row
+            index = order[position]
+            record = source[index]
+            assert batch["sample_id"][row] == index and batch["replaced"][row] == 0
+            view = augment(source.pixels(index), SIZE, CONFIG.augment, generator(seed, "augment", position))
+            np.testing.assert_array_equal(batch["image"][row], view)
+            chosen = choose_captions(record.captions, record.specific, CONFIG.captions, seed, position)
+            filled = min(3, len(record.captions))
+            assert len(chosen) == filled
+            assert batch["caption_source"][row].tolist() == [*chosen, *[-1] * (3 - filled)]
+            assert batch["caption_weight"][row] == pytest.approx([1 / filled] * filled + [0] * (3 - filled))
+            texts, mask = tokenizer.encode([record.captions[i] for i in chosen], LENGTH)
+            np.testing.assert_array_equal(batch["text"][row, :filled], texts)
+            np.testing.assert_array_equal(batch["text_mask"][row, :filled], mask)
+            assert not batch["text"][row, filled:].any() and not batch["text_mask"][row, filled:].any()
+            assert batch["image_group"][row] == group_hash(record.image_group)
+            groups = [group_hash(record.captions[i].lower()) for i in chosen]
+            assert batch["text_group"][row].tolist() == [*groups, *[-1] * (3 - filled)]
+
+
+def test_groups():
+    seen = {}
+    for batch in batches(stop=12):
+        for index, group in zip(batch["sample_id"], batch["image_group"], strict=True):
+            assert seen.setdefault(int(index), int(group)) == group
+    assert len(seen) == 23 and len(set(seen.values())) == 12
+    assert all((seen[a] == seen[b]) == (a // 2 == b // 2) for a, b in itertools.combinations(seen, 2))
+    hashes = [group_hash(f"text {i}") for i in range(5000)]
+    assert len(set(hashes)) == 5000 and min(hashes) >= 0 and 2**30 < max(hashes) < 2**31
+    # The same in another process, whatever its PYTHONHASHSEED.
+    code = "from llip_jax.data.pipeline import group_hash; print(group_hash('text 7'))"
+    assert int(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout) == hashes[7]
+
+
+def test_equal_captions_share_a_group():
+    record = Record(np.zeros((8, 8, 3), np.uint8), ("A red  cat ", "a RED cat", "a cat"), 3, "g", "n")
+    config = DataConfig(captions=CaptionConfig(slots=3))
+    example = pipeline.make_example(record, ClipTokenizer(), config, image_size=8, text_length=9, seed=0, position=0)
+    groups = dict(zip(example["caption_source"].tolist(), example["text_group"].tolist(), strict=True))
+    assert groups[0] == groups[1] != groups[2]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_the_global_batch(count):
+    whole = batches()
+    parts = [batches(process_index=index, process_count=count) for index in range(count)]
+    joined = [
+        {key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*parts, strict=True)
+    ]
+    assert_equal(joined, whole)
+
+
+def test_restart_at_any_step():
+    whole = batches()
+    for start in range(10):
+        assert_equal(batches(start=start), whole[start:])
+
+
+def test_seeds_differ():
+    left, right = batches(seed=4)[0], batches(seed=5)[0]
+    assert not np.array_equal(left["sample_id"], right["sample_id"])
+
+
+def test_threads_and_workers_give_the_same():
+    expected = batches(config=DataConfig(augment=CONFIG.augment, captions=CONFIG.captions, threads=1))
+    threads = DataConfig(augment=CONFIG.augment, captions=CONFIG.captions, threads=4, prefetch_batches=3)
+    assert_equal(batches(config=threads), expected)
+    workers = DataConfig(augment=CONFIG.augment, captions=CONFIG.captions, threads=2, workers=2)
+    assert_equal(batches(config=workers), expected)
+
+
+def test_unreadable_samples_are_replaced_by_the_next(caplog):
+    source = PictureSource(damaged=frozenset({3, 4, 22}), missing=frozenset({5, 10}))
+    stands_in = {3: 6, 4: 6, 5: 6, 10: 11, 22: 0}
+    order = sample_order(23, seed=4)
+    clean = batches(stop=23)
+    counts = Counter()
+    for step, (batch, original) in enumerate(zip(batches(source, stop=23), clean, strict=True)):
+        for row in range(8):
+            planned = order[step * 8 + row]
+            assert batch["sample_id"][row] == stands_in.get(planned, planned)
+            assert batch["replaced"][row] == (planned in stands_in)
+            counts[planned] += batch["replaced"][row]
+            if planned not in stands_in:
+                for key in batch:
+                    np.testing.assert_array_equal(batch[key][row], original[key][row])
+            else:
+                assert batch["image_group"][row] == group_hash(f"group {stands_in[planned] // 2}")
+    assert {index: count for index, count in counts.items() if count} == dict.fromkeys(stands_in, 8)
+    assert "sample 3 is unreadable and replaced by the next one: cannot decode image: " in caplog.text
+    assert "sample 10 is unreadable and replaced by the next one: no file for sample 10" in caplog.text
+
+
+def test_unreadable_without_end():
+    source = PictureSource(size=150, missing=frozenset(range(20, 121)))
+    order = sample_order(150, seed=4)
+    step = next(g for g in itertools.count() if order[g] == 20)
+    message = "100 samples in a row, from sample 20 on, are unreadable; the last one: no file for sample 119"
+    with pytest.raises(ConfigError, match=message):
+        batches(source, batch_size=1, start=step, stop=step + 1)
+    fits = PictureSource(size=150, missing=frozenset(range(20, 120)) - {20})
+    (batch,) = batches(PictureSource(150, missing=frozenset(range(21, 120))), batch_size=1, start=step, stop=step + 1)
+    assert batch["sample_id"] == [20]
+    step = next(g for g in itertools.count() if order[g] == 21)
+    (batch,) = batches(fits, batch_size=1, start=step, stop=step + 1)
+    assert batch["sample_id"] == [120] and batch["replaced"] == [1]
+
+
+def test_other_errors_are_not_hidden():
+    class Broken(PictureSource):
+        def __getitem__(self, index):
+            raise KeyError("a defect of the source")
+
+    with pytest.raises(KeyError, match="a defect of the source"):
+        batches(Broken())
+
+
+def test_batch_size_and_processes():
+    with pytest.raises(ConfigError, match="train.batch_size: 9 is not a multiple of the 2 processes"):
+        batches(batch_size=9, process_count=2)
+
+
+@pytest.mark.parametrize(("batch_size", "threads"), [(4, 1), (5, 3), (100, 2)])
+def test_eval_images(batch_size, threads):
+    source = PictureSource(damaged=frozenset({0, 9}), missing=frozenset({22}))
+    result = list(eval_images(source, SIZE, batch_size, threads))
+    expected = [i for i in range(23) if i not in (0, 9, 22)]
+    assert np.concatenate([indices for _, indices in result]).tolist() == expected
+    assert [len(images) for images, _ in result[:-1]] == [batch_size] * (len(result) - 1)
+    images = np.concatenate([images for images, _ in result])
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(images, np.stack([resize_for_eval(source.pixels(i), SIZE) for i in expected]))
+
+
+def test_build_source(tmp_path):
+    world = build_source(DataConfig(source="toyworld", toyworld=ToyWorldConfig(eval_size=7)), "eval", 32)
+    assert len(world) == 7
+    with pytest.raises(ConfigError, match="data.path: is empty, expected the folder that holds captions.jsonl"):
+        build_source(DataConfig(), "train", 32)
+    with pytest.raises(ConfigError, match=r"captions.jsonl does not exist"):
+        build_source(DataConfig(path=str(tmp_path)), "train", 32)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "captions.jsonl").write_text('{"image": "a.png", "captions": ["a"], "split": "train"}\n')
+    assert build_source(DataConfig(path=str(tmp_path)), "train", 32)[0].captions == ("a",)
+
+
+def test_build_tokenizer(tmp_path, monkeypatch):
+    source, path = PictureSource(), tmp_path / "run" / "tokenizer.json"
+    assert isinstance(build_tokenizer(TokenizerConfig(), source, path), ClipTokenizer)
+    assert not path.exists()
+    with pytest.raises(
+        ConfigError, match="vocabulary_size: 49407 is too small for the tokenizer 'clip', which has 49408"
+    ):
+        build_tokenizer(TokenizerConfig(vocabulary_size=49407), source, path)
+
+    trained = build_tokenizer(TokenizerConfig(name="trained", vocabulary_size=400), source, path)
+    assert 259 < trained.vocabulary_size <= 400
+    saved = path.read_bytes()
+    # A tokenizer of an earlier start is used as it is, whatever the source says now.
+    again = build_tokenizer(TokenizerConfig(name="trained", vocabulary_size=500), PictureSource(2), path)
+    assert path.read_bytes() == saved
+    by_path = build_tokenizer(TokenizerConfig(name=str(path)), source, tmp_path / "unused.json")
+    texts = ["Picture 7 caption 2"]
+    for other in (again, by_path):
+        np.testing.assert_array_equal(other.encode(texts, 9), trained.encode(texts, 9))
+    with pytest.raises(ConfigError, match="neither 'clip' nor 'trained' nor an existing .*Did you mean 'clip'?"):
+        build_tokenizer(TokenizerConfig(name="clipp"), source, path)
+
+    seen = []
+    monkeypatch.setattr(pipeline, "TOKENIZER_CAPTIONS", 30)
+    monkeypatch.setattr(pipeline, "train_tokenizer", lambda texts, size, path: seen.extend(texts) or trained)
+    build_tokenizer(TokenizerConfig(name="trained"), PictureSource(1000), tmp_path / "other.json")
+    assert len(seen) == 30
+    numbers = {int(text.split()[1]) for text in seen}
+    assert min(numbers) < 500 < max(numbers)
+
+
+@pytest.mark.parametrize("module", ["captions", "folder", "images", "tokenizers", "pipeline"])
+def test_jax_is_not_needed(module):
+    """Grain imports jax for profiling where it finds it, and does without where it does not."""
+    code = f"import sys; sys.modules['jax'] = sys.modules['flax'] = None; import llip_jax.data.{module}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    if module != "pipeline":
+        code = f"import sys, llip_jax.data.{module}; assert not {{'jax', 'flax', 'torch'}} & set(sys.modules)"
+        subprocess.run([sys.executable, "-c", code], check=True)
