@@ -26,7 +26,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 60},
         "data": {
             "source": "toyworld",
-            "label_field": "label",
+            "label_field": "class_name",
             "tokenizer": {"name": "trained", "vocabulary_size": 512},
         },
         "checkpoint": {"every_steps": 200},

@@ -17,7 +17,9 @@ from llip_jax.training.loop import check, train
 def main(argv: list[str]) -> int:
     """Flags in, one call."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="configuration file, with an optional variant: FILE.py[:VARIANT]")
+    parser.add_argument(
+        "--config", required=True, help="configuration file, with an optional variant: FILE.py[:VARIANT]"
+    )
     parser.add_argument("--workdir", type=Path, help="run directory; created where missing, gone on with where not")
     parser.add_argument("--check", action="store_true", help="validate and print the parameter table, nothing else")
     words, overrides = split_overrides(argv)

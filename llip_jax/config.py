@@ -149,11 +149,11 @@ class ToyWorldConfig:
     captions: int = Field(default=6, ge=1, le=32)
     """Captions of each scene."""
     caption_noise: float = Field(default=0.0, ge=0, le=1)
-    """Share of captions taken from another scene."""
+    """Share of training captions taken from another scene."""
     pixel_noise: float = Field(default=0.02, ge=0)
     """Standard deviation of Gaussian pixel noise, as a fraction of white."""
     duplicates: float = Field(default=0.0, ge=0, lt=1)
-    """Share of samples that repeat an earlier scene's picture."""
+    """Share of training samples that repeat an earlier scene's picture."""
 
     @field_validator("aspects")
     @classmethod
@@ -177,7 +177,7 @@ class FolderConfig:
     duplicate_field: str | None = "pixel_id"
     """Record field that is equal for identical images; where a record lacks it, the image is taken to be unique."""
     eval_exclude: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Evaluation leaves out records whose field has one of these values."""
+    """Evaluation leaves out records whose field has one of these values; a field that no record has is reported."""
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
@@ -329,7 +329,8 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 def _message(kind: str, location: tuple[int | str, ...], text: str, value: Any) -> str:
     """One line for the user from one pydantic error."""
-    owner, path = Config, []
+    owner: type = Config
+    path: list[str] = []
     for part in location:
         names = [f.name for f in dataclasses.fields(owner)]
         if part not in names:
@@ -348,4 +349,4 @@ def _message(kind: str, location: tuple[int | str, ...], text: str, value: Any) 
 
 def _dataclass_in(hint: Any) -> type | None:
     """The dataclass in a type hint such as ``PairLossConfig | None``."""
-    return next((t for t in (hint, *get_args(hint)) if dataclasses.is_dataclass(t)), None)
+    return next((t for t in (hint, *get_args(hint)) if isinstance(t, type) and dataclasses.is_dataclass(t)), None)

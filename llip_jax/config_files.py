@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from llip_jax.config import Config, ConfigError, nearest, resolve
 
-LADDER = {
+LADDER: dict[str, dict[str, Any]] = {
     "": {},
     "siglip": {"model": {"pooler": "class_token", "mixture_tokens": 1}},
     "registers": {"model": {"pooler": "registers"}},

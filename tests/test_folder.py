@@ -92,10 +92,10 @@ def test_eval_exclude(tmp_path):
     config = FolderConfig(eval_exclude={"kind": ("flag", "food")})
     assert [r.name for r in FolderSource(tmp_path, config, "eval")] == ["images/2.png"]
     assert len(FolderSource(tmp_path, config, "train")) == 1
-    with pytest.raises(ConfigError, match="eval_exclude: no record of .* has a field 'kinds'. Did you mean 'kind'?"):
+    with pytest.raises(ConfigError, match=r"eval_exclude: no record of .* has a field 'kinds'. Did you mean 'kind'?"):
         FolderSource(tmp_path, FolderConfig(eval_exclude={"kinds": ("flag",)}), "eval")
     with pytest.raises(
-        ConfigError, match="eval_exclude leaves out all of the eval split 'val'; splits are 'train' .1 re"
+        ConfigError, match=r"eval_exclude leaves out all of the eval split 'val'; splits are 'train' .1 re"
     ):
         FolderSource(tmp_path, FolderConfig(eval_exclude={"kind": ("flag", "food", "animal")}), "eval")
 
@@ -230,7 +230,7 @@ def test_reading_is_bounded(tmp_path):
     write(tmp_path, [entry(0), entry(1)])
     source = FolderSource(tmp_path, FolderConfig(), "train")
     os.truncate(tmp_path / "images/0.png", folder.MAX_IMAGE_BYTES + 1)
-    with pytest.raises(ImageError, match="images/0.png: file of 67108865 bytes is larger than 67108864"):
+    with pytest.raises(ImageError, match=r"images/0.png: file of 67108865 bytes is larger than 67108864"):
         source[0]
     (tmp_path / "images/1.png").unlink()
     with pytest.raises(FileNotFoundError):

@@ -1,0 +1,1 @@
+"""Records, sources, captions, images, tokenizers and the input pipeline. Never imports jax."""

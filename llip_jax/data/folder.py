@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import reprlib
 import stat
@@ -15,6 +16,8 @@ from llip_jax.data.records import Record
 
 MAX_IMAGE_BYTES = 64 * 2**20
 """Larger image files are not read."""
+
+_logger = logging.getLogger(__name__)
 
 
 class FolderSource:
@@ -73,11 +76,8 @@ class FolderSource:
 
         if not split_sizes:
             raise ConfigError(f"{file} is empty; expected one JSON object a line")
-        if unknown := sorted(set(exclude) - field_names):
-            raise ConfigError(
-                f"data.folder.eval_exclude: no record of {file} has a field {unknown[0]!r}."
-                + nearest(unknown[0], sorted(field_names))
-            )
+        for unknown in sorted(set(exclude) - field_names):
+            _logger.warning("data.folder.eval_exclude: no record of %s has a field %r, nothing is excluded", file, unknown)
         if not selected:
             sizes = ", ".join(f"{name!r} ({count} records)" for name, count in sorted(split_sizes.items()))
             reason = "data.folder.eval_exclude leaves out all of" if wanted in split_sizes else "no record is in"

@@ -62,9 +62,8 @@ def build_tokenizer(config: TokenizerConfig, source: Source, path: str | Path) -
         if Path(path).exists():
             tokenizer = load_tokenizer(path)
         else:
-            order = sample_order(len(source), seed=0)
-            texts = (caption for position in range(len(source)) for caption in source[order[position]].captions)
-            tokenizer = train_tokenizer(itertools.islice(texts, TOKENIZER_CAPTIONS), config.vocabulary_size, path)
+            texts = itertools.islice(_shuffled_captions(source), TOKENIZER_CAPTIONS)
+            tokenizer = train_tokenizer(texts, config.vocabulary_size, path)
     elif Path(config.name).is_file():
         tokenizer = load_tokenizer(config.name)
     else:
@@ -78,6 +77,17 @@ def build_tokenizer(config: TokenizerConfig, source: Source, path: str | Path) -
             f"{config.name!r}, which has {tokenizer.vocabulary_size} tokens"
         )
     return tokenizer
+
+
+def _shuffled_captions(source: Source) -> Iterator[str]:
+    """Captions of the readable records in one fixed random order of records."""
+    order = sample_order(len(source), seed=0)
+    for position in range(len(source)):
+        try:
+            record = source[order[position]]
+        except (ImageError, OSError):
+            continue
+        yield from record.captions
 
 
 def sample_order(size: int, seed: int) -> grain.MapDataset[int]:
@@ -155,6 +165,7 @@ class BatchReader:
     order: grain.MapDataset[int]
 
     def __call__(self, step: int) -> Batch:
+        """The rows of batch ``step``; :class:`ConfigError` after ``MAX_UNREADABLE`` unreadable samples in a row."""
         examples = [self._example(step * self.batch_size + row) for row in self.rows]
         return cast(Batch, {key: np.stack([example[key] for example in examples]) for key in examples[0]})
 

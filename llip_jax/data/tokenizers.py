@@ -67,11 +67,13 @@ class ClipTokenizer:
 
     @property
     def vocabulary_size(self) -> int:
+        """One more than the largest token."""
         return CLIP_VOCABULARY_SIZE
 
     def encode(
         self, texts: Sequence[str], length: int
     ) -> tuple[Int[np.ndarray, "n length"], Int[np.ndarray, "n length"]]:
+        """See :class:`Tokenizer`."""
         return _pack([self._words(clean(text)) for text in texts], _CLIP_START, _CLIP_END, length)
 
 
@@ -109,6 +111,7 @@ class HuggingFaceTokenizer:
     def encode(
         self, texts: Sequence[str], length: int
     ) -> tuple[Int[np.ndarray, "n length"], Int[np.ndarray, "n length"]]:
+        """See :class:`Tokenizer`."""
         # One by one: encode_batch would start a thread pool of its own in every loader process.
         tokens = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         return _pack(tokens, self._start, self._end, length)

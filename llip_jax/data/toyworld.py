@@ -83,6 +83,7 @@ class ToyWorld:
                 "boxes": scene.boxes,
                 "entities": scene.entities,
                 "label": class_id(scene.groups[0]),
+                "class_name": f"{scene.groups[0].colour} {scene.groups[0].shape}",
                 "scene": number,
                 "caption_scenes": tuple(caption.scene for caption in captions),
                 "caption_aspects": tuple(caption.aspects for caption in captions),

@@ -1,0 +1,1 @@
+"""Scorers, classification and retrieval."""

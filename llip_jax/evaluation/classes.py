@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llip_jax.config import ConfigError
 
+
 @dataclass(frozen=True)
 class ClassSpec:
     """Classes in label order: ``texts[c]`` stand for the class named ``names[c]``.

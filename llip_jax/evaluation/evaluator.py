@@ -40,7 +40,8 @@ class Evaluator:
         shards = batch_shards(mesh)
         if config.eval.batch_size % shards:
             raise ConfigError(
-                f"eval.batch_size={config.eval.batch_size} does not divide over {shards} devices of mesh.data x mesh.fsdp"
+                f"eval.batch_size={config.eval.batch_size} does not divide over the {shards} devices of "
+                "mesh.data x mesh.fsdp"
             )
         self._config, self._source, self._tokenizer = config, source, tokenizer
         self._rows, self._whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
@@ -139,7 +140,8 @@ class Evaluator:
         self, params: Any, blocks: Sequence[TextSide], progress: Progress
     ) -> tuple[Float[np.ndarray, "N J"], list[int]]:
         """Cosines of every readable image with every text of the blocks (padding included), and the images' indices."""
-        rows, kept = [], []
+        rows: list[np.ndarray] = []
+        kept: list[int] = []
         size, threads = self._config.eval.batch_size, self._config.data.threads
         for images, indices in eval_images(self._source, self._config.model.image_size, size, threads):
             side = self._image_side(params, self._put(images))
@@ -151,7 +153,7 @@ class Evaluator:
         return np.concatenate(rows) if rows else np.zeros((0, width), np.float32), kept
 
     def _put(self, block: np.ndarray, sharding: NamedSharding | None = None) -> Array:
-        """A host block, padded with zeros to the one block size, on the devices. Every process holds the whole block."""
+        """A host block, padded with zeros to the block size, on the devices. Every process holds the whole block."""
         padding = self._config.eval.batch_size - len(block)
         padded = np.pad(block, [(0, padding)] + [(0, 0)] * (block.ndim - 1))
         return jax.make_array_from_callback(padded.shape, sharding or self._rows, lambda index: padded[index])

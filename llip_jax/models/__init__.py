@@ -1,0 +1,1 @@
+"""Towers, poolers and the dual encoder."""

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from llip_jax.config import Config
-from llip_jax.models.pooling import POOLERS, token_count
+from llip_jax.models.pooling import POOLERS, Pooler, token_count
 from llip_jax.models.sizes import model_shape
 from llip_jax.models.text import TextTower
 from llip_jax.models.vision import TowerOutput, VisionTower
@@ -31,7 +31,7 @@ class DualEncoder(nnx.Module):
         self.vision = VisionTower(model, shape, token_count(model), dtype=dtype, scan=scan, rngs=rngs)
         vocabulary = config.data.tokenizer.vocabulary_size
         self.text = TextTower(model, shape, vocabulary, dtype=dtype, scan=scan, rngs=rngs)
-        self.pooler = POOLERS[model.pooler](model, shape, dtype, rngs)
+        self.pooler: Pooler = POOLERS[model.pooler](model, shape, dtype, rngs)
         self.log_scale = nnx.Param(jnp.float32(math.log(model.logit_scale)), axes=())
         bias = initial_bias(model.logit_bias, config.train.batch_size)
         self.bias = None if bias is None else nnx.Param(jnp.float32(bias), axes=())

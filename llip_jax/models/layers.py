@@ -63,6 +63,7 @@ class Block(nnx.Module):
         self.activation, self.causal, self.dtype = activation, causal, dtype
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """The block's output."""
         x = constrain(x + self.attention(self.norm1(x)), "batch", None, None)
         return constrain(x + self.mlp(self.norm2(x)), "batch", None, None)
 
@@ -104,6 +105,7 @@ class Transformer(nnx.Module):
         self.layers, self.remat, self.scan = shape.layers, remat, scan
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        """All blocks in turn."""
         graph, stacked = nnx.split(self.blocks)
 
         def layer(x: Array, params: nnx.State) -> Array:
@@ -118,5 +120,5 @@ class Transformer(nnx.Module):
         # The transpose of lax.split is one concatenation; that of indexing would add up `layers` padded copies.
         pieces = zip(*(jax.lax.split(leaf, [1] * self.layers) for leaf in leaves), strict=True)
         for piece in pieces:
-            x = layer(x, structure.unflatten([leaf[0] for leaf in piece]))
+            x = layer(x, jax.tree.unflatten(structure, [leaf[0] for leaf in piece]))
         return x

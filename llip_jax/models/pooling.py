@@ -100,7 +100,13 @@ class Mixer(nnx.Module):
         return jnp.einsum("nkd,dmh->nkmh", output.mixture, in_use(self.value, self.dtype))
 
 
-POOLERS = {"class_token": ClassToken, "registers": ClassToken, "average": LearnedAverage, "mixer": Mixer}
+Pooler = ClassToken | LearnedAverage | Mixer
+POOLERS: dict[str, type[ClassToken] | type[LearnedAverage] | type[Mixer]] = {
+    "class_token": ClassToken,
+    "registers": ClassToken,
+    "average": LearnedAverage,
+    "mixer": Mixer,
+}
 
 
 def token_count(config: ModelConfig) -> int:

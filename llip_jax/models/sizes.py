@@ -69,4 +69,6 @@ def model_shape(config: ModelConfig) -> ModelShape:
 
 def _divides(name: str, value: int, by_name: str, by: int) -> None:
     if value % by:
-        raise ConfigError(f"{name}={value} is not a multiple of {by_name}={by} ({value} = {value // by} x {by} + {value % by})")
+        raise ConfigError(
+            f"{name}={value} is not a multiple of {by_name}={by} ({value} = {value // by} x {by} + {value % by})"
+        )

@@ -1,0 +1,1 @@
+"""Loss terms over pair scores and tower outputs."""

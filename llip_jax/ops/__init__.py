@@ -1,0 +1,1 @@
+"""Array functions with a plain reference."""

@@ -3,7 +3,6 @@
 import math
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from llip_jax.config import ConfigError, MeshConfig
@@ -26,8 +25,10 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         sizes[sizes.index(-1)] = len(devices) // fixed
     if math.prod(sizes) != len(devices):
         asked = " x ".join(f"{axis}={n}" for axis, n in zip(AXES, sizes, strict=True))
-        raise ConfigError(f"mesh: {asked} does not fill {len(devices)} device(s); set one axis to -1 to take what is left")
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=np.asarray(devices))
+        raise ConfigError(
+            f"mesh: {asked} does not fill {len(devices)} device(s); set one axis to -1 to take what is left"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -15,11 +15,13 @@ class Progress(NamedTuple):
 
     examples_seen: the data position; the next batch starts at this global index.
     elapsed_s: seconds of training so far, over all restarts.
+    replaced_samples: unreadable samples so far that others stood in for.
     data_fingerprint: of the training source.
     """
 
     examples_seen: int
     elapsed_s: float
+    replaced_samples: int
     data_fingerprint: str
 
 
@@ -67,9 +69,7 @@ class Checkpoints:
             ConfigError: the checkpoint's tree differs from ``abstract``; every difference is listed.
         """
         self._check_tree(step, abstract._asdict())
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract._asdict()), progress=ocp.args.JsonRestore()
-        )
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), progress=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         return TrainState(**restored["state"]), Progress(**restored["progress"])
 
@@ -93,7 +93,8 @@ class Checkpoints:
         if lines:
             shown = [*lines[:20], f"... and {len(lines) - 20} more"] if len(lines) > 20 else lines
             raise ConfigError(
-                f"checkpoint {step} in {self._manager.directory} was made by another configuration:\n" + "\n".join(shown)
+                f"checkpoint {step} in {self._manager.directory} was made by another configuration:\n"
+                + "\n".join(shown)
             )
 
 

@@ -41,7 +41,7 @@ def train_step_flops(config: Config) -> float:
 
 
 def _tower(shape: TowerShape, tokens: int) -> float:
-    """Forward FLOPs of one sequence: 2 a weight and token, and the two attention products (causal ones counted full)."""
+    """Forward FLOPs of one sequence: 2 a weight and token, and both attention products, causal ones in full."""
     weights = 4 * shape.width**2 + 2 * shape.width * shape.mlp
     return shape.layers * (2 * tokens * weights + 4 * tokens**2 * shape.width)
 

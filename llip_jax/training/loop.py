@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from llip_jax.config import Config, ConfigError
@@ -61,15 +62,16 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
     with StopRequest() as stop, jax.set_mesh(mesh), ThreadPoolExecutor(1) as background:
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         spec = state_spec(config, optimizer, mesh)
-        (workdir / "model.txt").write_text(run_directory.parameter_table(spec.abstract))
-        # XLA compiles outside the interpreter lock: data and state are made meanwhile.
-        compiling = background.submit(_compile, make_train_step(config, spec, optimizer), config, spec, mesh)
+        # Before the compiler starts, so that mistakes in the data are told at once.
         source = build_source(config.data, "train", config.model.image_size)
         eval_source = build_source(config.data, "eval", config.model.image_size)
+        # XLA compiles outside the interpreter lock: tokenizer and state are made meanwhile.
+        compiling = background.submit(_compile, make_train_step(config, spec, optimizer), config, spec, mesh)
         tokenizer = build_tokenizer(config.data.tokenizer, source, workdir / "tokenizer.json")
         data_ready = clock()
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
         state, progress = _restore_or_init(config, checkpoints, optimizer, spec, source.fingerprint())
+        run_directory.describe(workdir, config, spec.abstract)
         state_ready = clock()
         train_step = compiling.result()
         print(
@@ -96,8 +98,20 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
         peak = peak_flops(list(mesh.devices.flat))
         try:
             with progress_bar(config.train.steps, start, "step", "training") as bar:
-                recorder = Recorder(config, writer, bar, clock, peak and train_step_flops(config) / peak)
-                loop = _Loop(config, workdir, mesh, train_step, evaluator, checkpoints, recorder, writer, stop, clock)
+                ideal_step_s = peak and train_step_flops(config) / peak
+                recorder = Recorder(config, writer, bar, clock, ideal_step_s, progress.replaced_samples)
+                loop = _Loop(
+                    config=config,
+                    workdir=workdir,
+                    sharding=batch_sharding(mesh),
+                    train_step=train_step,
+                    evaluator=evaluator,
+                    checkpoints=checkpoints,
+                    recorder=recorder,
+                    writer=writer,
+                    stop=stop,
+                    clock=clock,
+                )
                 return loop.run(state, batches, progress)
         finally:
             writer.close()
@@ -125,74 +139,76 @@ def evaluate_run(workdir: Path, step: int | None = None) -> dict[str, Any]:
         return _evaluate(evaluator, params, step, workdir)
 
 
+@dataclass(frozen=True)
 class _Loop:
     """What happens at each count of updates done: save, evaluate, stop, or one more update."""
 
-    def __init__(
-        self,
-        config: Config,
-        workdir: Path,
-        mesh: Mesh,
-        train_step: TrainStep,
-        evaluator: Evaluator,
-        checkpoints: Checkpoints,
-        recorder: Recorder,
-        writer: MetricsWriter,
-        stop: StopRequest,
-        clock: Callable[[], float],
-    ):
-        self._config, self._workdir, self._train_step = config, workdir, train_step
-        self._evaluator, self._checkpoints, self._recorder = evaluator, checkpoints, recorder
-        self._writer, self._stop, self._clock = writer, stop, clock
-        self._sharding = batch_sharding(mesh)
+    config: Config
+    workdir: Path
+    sharding: NamedSharding
+    train_step: TrainStep
+    evaluator: Evaluator
+    checkpoints: Checkpoints
+    recorder: Recorder
+    writer: MetricsWriter
+    stop: StopRequest
+    clock: Callable[[], float]
 
     def run(self, state: TrainState, batches: Iterator[Batch], progress: Progress) -> int:
         """Loops until the last step is saved and evaluated (0) or a signal has been honoured (75)."""
-        config, begun_run, step = self._config, self._clock(), int(state.step)
+        config, begun_run, step = self.config, self.clock(), int(state.step)
         while True:
             last = step == config.train.steps
-            stopping = self._stop.signal_name is not None
-            if step > 0 and (last or stopping or step % config.checkpoint.every_steps == 0):
-                # Nothing is saved before its step is known to be finite, at the price of waiting for it.
-                self._recorder.flush()
-                elapsed = progress.elapsed_s + self._clock() - begun_run
-                self._checkpoints.save(
-                    state, progress._replace(examples_seen=step * config.train.batch_size, elapsed_s=elapsed)
-                )
+            stopping = self.stop.signal_name is not None
+            if step > 0 and (last or step % config.checkpoint.every_steps == 0):
+                self._save(step, state, progress, begun_run)
             if step > 0 and not stopping and (last or step % config.eval.every_steps == 0):
-                self._recorder.flush()
+                self.recorder.flush()
                 stopping = not self._evaluate_unless_done(step, state)
             if stopping:
-                self._checkpoints.wait()
-                print(f"\nstopped by {self._stop.signal_name} after step {step}, saved; the same command goes on from there")
+                if step > 0:
+                    self._save(step, state, progress, begun_run)
+                self.checkpoints.wait()
+                print(f"\nstopped by {self.stop.signal_name} after step {step}; saved, the same command goes on")
                 return EXIT_STOPPED
             if last:
                 return EXIT_FINISHED
-            begun = self._clock()
+            begun = self.clock()
             batch = next(batches)
-            waited = self._clock() - begun
+            waited = self.clock() - begun
             # Only the batch crosses to the device, explicitly; anything else that would is an error.
             with jax.transfer_guard("disallow"):
-                state, metrics = self._train_step(state, self._to_devices(batch))
+                state, metrics = self.train_step(state, self._to_devices(batch))
             step += 1
-            self._recorder.add(step, metrics, batch["sample_id"], begun, waited)
+            self.recorder.add(step, metrics, batch["sample_id"], begun, waited)
+
+    def _save(self, step: int, state: TrainState, progress: Progress, begun_run: float) -> None:
+        """Starts a checkpoint of this step, unless it has one. ``progress`` is that of the start, at ``begun_run``."""
+        # Nothing is saved before its step is known to be finite, at the price of waiting for it.
+        self.recorder.flush()
+        now = progress._replace(
+            examples_seen=step * self.config.train.batch_size,
+            elapsed_s=progress.elapsed_s + self.clock() - begun_run,
+            replaced_samples=self.recorder.replaced_samples,
+        )
+        self.checkpoints.save(state, now)
 
     def _evaluate_unless_done(self, step: int, state: TrainState) -> bool:
         """False when a signal interrupted it."""
-        path = self._workdir / "eval" / f"{step}.json"
+        path = self.workdir / "eval" / f"{step}.json"
         if path.exists():
             return True
         try:
-            results = _evaluate(self._evaluator, state.params, step, self._workdir, self._stop.check)
+            results = _evaluate(self.evaluator, state.params, step, self.workdir, self.stop.check)
         except Stopped:
             return False
         for task in ("zero_shot", "retrieval"):
-            self._writer.scalars(step, results.get(task, {}), prefix=f"eval/{task}/")
+            self.writer.scalars(step, results.get(task, {}), prefix=f"eval/{task}/")
         return True
 
     def _to_devices(self, batch: Batch) -> dict[str, Array]:
         return {
-            name: jax.make_array_from_process_local_data(self._sharding, batch[name])  # type: ignore[literal-required]
+            name: jax.make_array_from_process_local_data(self.sharding, batch[name])  # type: ignore[literal-required]
             for name in DEVICE_COLUMNS
         }
 
@@ -238,9 +254,7 @@ def _compile(train_step: TrainStep, config: Config, spec: StateSpec, mesh: Mesh)
         "replaced": ((batch,), np.int32),
     }
     sharding = batch_sharding(mesh)
-    abstract = {
-        name: jax.ShapeDtypeStruct(*shapes[name], sharding=sharding) for name in DEVICE_COLUMNS
-    }
+    abstract = {name: jax.ShapeDtypeStruct(*shapes[name], sharding=sharding) for name in DEVICE_COLUMNS}
     with jax.set_mesh(mesh):  # a setting of the thread, and this runs in one of its own
         jitted = jax.jit(train_step, donate_argnums=0, out_shardings=(spec.shardings, None))
         return jitted.lower(spec.abstract, abstract).compile()
@@ -255,14 +269,14 @@ def _restore_or_init(
 ) -> tuple[TrainState, Progress]:
     step = checkpoints.latest
     if step is None:
-        return init_state(config, optimizer, spec), Progress(0, 0.0, data_fingerprint)
+        return init_state(config, optimizer, spec), Progress(0, 0.0, 0, data_fingerprint)
     if step > config.train.steps:
         raise ConfigError(f"train.steps={config.train.steps}, but the run directory holds a checkpoint of step {step}")
     state, progress = checkpoints.restore(step, spec.abstract)
     if progress.data_fingerprint != data_fingerprint:
         raise ConfigError(
-            f"data: the training data has changed since checkpoint {step} (fingerprint {progress.data_fingerprint}, now "
-            f"{data_fingerprint}): the run cannot go on exactly. Put the data back, or start in a new run directory."
+            f"data: the training data has changed since checkpoint {step} (fingerprint {progress.data_fingerprint}, "
+            f"now {data_fingerprint}): the run cannot go on exactly. Put the data back, or use a new run directory."
         )
     print(f"going on from step {step} ({progress.examples_seen:,} examples, {progress.elapsed_s:.0f} s of training)")
     return state, progress

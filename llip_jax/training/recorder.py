@@ -31,22 +31,34 @@ class Recorder:
     """
 
     def __init__(
-        self, config: Config, writer: MetricsWriter, bar: Any, clock: Callable[[], float], peak_flops_share: float | None
+        self,
+        config: Config,
+        writer: MetricsWriter,
+        bar: Any,
+        clock: Callable[[], float],
+        ideal_step_s: float | None,
+        replaced_samples: int,
     ):
-        """``peak_flops_share``: seconds that a step would take at the chips' peak, None where that is unknown."""
+        """Args:
+        ideal_step_s: what a step would take at the chips' peak, None where that is unknown.
+        replaced_samples: how many samples had been replaced when the run was last saved.
+        """
         self._config, self._writer, self._bar, self._clock = config, writer, bar, clock
-        self._ideal_s = peak_flops_share
+        self._ideal_s = ideal_step_s
         self._pending: _Pending | None = None
-        self._steps, self._busy_s, self._waited_s, self._replaced = 0, 0.0, 0.0, 0
+        self.replaced_samples = replaced_samples
+        self._steps, self._busy_s, self._waited_s = 0, 0.0, 0.0
 
-    def add(self, step: int, metrics: Mapping[str, Array], sample_id: Int[np.ndarray, "B"], begun: float, waited: float):
+    def add(
+        self, step: int, metrics: Mapping[str, Array], sample_id: Int[np.ndarray, "B"], begun: float, waited: float
+    ) -> None:
         """Takes the metrics of a step just dispatched, begun at clock time ``begun`` with ``waited`` s for its batch.
 
         Raises:
             Diverged: the step before this one is not finite.
         """
         self.flush()
-        self._pending = _Pending(step, metrics, zlib.crc32(np.ascontiguousarray(sample_id)))
+        self._pending = _Pending(step, metrics, zlib.crc32(sample_id.tobytes()))
         self._steps += 1
         self._busy_s += self._clock() - begun
         self._waited_s += waited
@@ -68,7 +80,7 @@ class Recorder:
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite. The newest "
                 "checkpoint is from before this step. A lower optimizer.learning_rate or a longer warm-up often helps."
             )
-        self._replaced += int(values.pop("replaced_samples"))
+        self.replaced_samples += int(values.pop("replaced_samples"))
         self._bar.update(1)
         self._bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
         if step % self._config.train.log_every_steps == 0 or step == self._config.train.steps:
@@ -85,7 +97,7 @@ class Recorder:
             "mfu": None if self._ideal_s is None else self._ideal_s / step_time,
             "logit_bias": None,
             **values,
-            "replaced_samples": self._replaced,
+            "replaced_samples": self.replaced_samples,
             "sample_hash": sample_hash,
         }
         self._writer.write(step, line)

@@ -39,7 +39,14 @@ def prepare(workdir: Path, config: Config) -> None:
                 f"--workdir: {workdir} holds a run that cannot go on with another data order; use a new directory, or "
                 "set back:\n" + "\n".join(f"  {line}" for line in lines)
             )
+    else:
+        write_json(workdir / "config.json", to_dict(config))
+
+
+def describe(workdir: Path, config: Config, state: TrainState) -> None:
+    """Writes config.json and model.txt: for a run whose checkpoint is known to fit this configuration."""
     write_json(workdir / "config.json", to_dict(config))
+    (workdir / "model.txt").write_text(parameter_table(state))
 
 
 def read_config(workdir: Path) -> Config:
@@ -65,10 +72,10 @@ def parameter_table(state: TrainState) -> str:
         rows.append((name, str(list(x.shape)), str(x.sharding.spec), x.size))
     total = sum(size for *_, size in rows)
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [
-        f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {spec:<{widths[2]}}  {size * 4 / 2**20:9.2f} MiB {size / total:7.2%}"
-        for name, shape, spec, size in rows
-    ]
+    lines = []
+    for name, dims, spec, size in rows:
+        columns = f"{name:<{widths[0]}}  {dims:<{widths[1]}}  {spec:<{widths[2]}}"
+        lines.append(f"{columns}  {size * 4 / 2**20:8.2f} MiB {size / total:7.2%}")
     lines.append(f"\nparameters: {total:,} ({total * 4 / 2**30:.3f} GiB in float32)")
     for part in ("vision", "text", "pooler"):
         lines.append(f"  {part}: {sum(x.size for x in jax.tree.leaves(state.params[part])):,}")

@@ -61,7 +61,7 @@ def state_spec(config: Config, optimizer: optax.GradientTransformation, mesh: Me
         specs,
         transform_non_params=lambda x: placed(x, whole),
     )
-    step = placed(jax.ShapeDtypeStruct((), jnp.int32), whole)
+    step: Any = placed(jax.ShapeDtypeStruct((), jnp.int32), whole)
     return StateSpec(graph, TrainState(step, params, opt_state))
 
 

@@ -1,0 +1,41 @@
+"""A small Llip on your own images: a folder with captions.jsonl, one object a line with ``image`` and ``captions``.
+
+    python launch/train.py --config configs/llip_folder.py --config.data.path=FOLDER --workdir runs/mine
+
+Lines may have a ``split`` (train, val); without it a tenth of the images is held out. Sized for small pictures and two
+CPU cores.
+
+Variants: configs/llip_folder.py:siglip, :registers, :average, :clip.
+"""
+
+from ml_collections import ConfigDict
+
+from llip_jax.config_files import with_variant
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    """The configuration."""
+    config = {
+        "model": {
+            "size": "Ti/4",
+            "image_size": 64,
+            "vision": {"layers": 4, "width": 192, "mlp": 768, "heads": 4, "patch": 8},
+            "text": {"layers": 2, "width": 192, "mlp": 768, "heads": 4, "length": 16},
+            "embed_dim": 128,
+            "mixture_tokens": 8,
+            "mixer_heads": 4,
+            "activation": "relu",
+            "logit_bias": "prior",
+        },
+        "train": {"batch_size": 256, "steps": 2400, "log_every_steps": 20},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 100},
+        "data": {
+            "source": "folder",
+            "tokenizer": {"name": "trained", "vocabulary_size": 4096},
+            # Flags in the emoji set are a memorisation test of their own; folders without categories lose nothing.
+            "folder": {"eval_exclude": {"category": ("Flags",)}},
+        },
+        "checkpoint": {"every_steps": 400},
+        "eval": {"every_steps": 200},
+    }
+    return with_variant(config, variant)

@@ -1,0 +1,131 @@
+"""A tiny run, and launch/train.py as a process of its own."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llip_jax.config import Config
+from llip_jax.config_files import load
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "configs" / "llip_demo.py"
+COMPILATIONS = ROOT / ".pytest_cache" / "d" / "compilations"
+"""Kept between test sessions; ``pytest --cache-clear`` removes it."""
+
+TINY: dict[str, Any] = {
+    "model.vision.layers": 1,
+    "model.vision.width": 32,
+    "model.vision.heads": 2,
+    "model.vision.mlp": 64,
+    "model.text.layers": 1,
+    "model.text.width": 32,
+    "model.text.heads": 2,
+    "model.text.mlp": 64,
+    "model.text.length": 12,
+    "model.embed_dim": 32,
+    "model.mixture_tokens": 4,
+    "model.image_size": 16,
+    "model.patch_dropout": 0.25,
+    "data.toyworld.train_size": 200,
+    "data.toyworld.eval_size": 24,
+    "data.tokenizer.vocabulary_size": 300,
+    "train.batch_size": 16,
+    "train.steps": 8,
+    "train.log_every_steps": 1,
+    "optimizer.warmup_steps": 2,
+    "checkpoint.every_steps": 2,
+    "eval.every_steps": 3,
+    "eval.batch_size": 16,
+}
+"""Compiles and trains in seconds. Steps 2, 4, 6 and 8 are saved; 3, 6 and 8 evaluated."""
+
+TIMINGS = ("examples_per_second", "step_time_s", "data_wait_fraction", "mfu")
+"""Fields of metrics.jsonl that depend on the clock; two equal runs agree in all others."""
+
+_WITH_HOOK = """
+import os, runpy, signal, sys
+sys.argv[0] = "launch/train.py"
+{hook}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def words(fields: Mapping[str, Any]) -> list[str]:
+    """Command-line words that set configuration fields."""
+    return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
+def tiny_config(**sections: Mapping[str, Any]) -> Config:
+    """TINY with changes: ``tiny_config(train={"steps": 3})``."""
+    changes = {f"{section}.{name}": value for section, fields in sections.items() for name, value in fields.items()}
+    return load(str(DEMO), [f"{name}={value}" for name, value in (TINY | changes).items()])
+
+
+def run(
+    command: list[str], *, devices: int = 1, keep_compilations: bool = True, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """A Python command in the repository's root with simulated devices; its exit code and what it printed."""
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        **(environment or {}),
+    }
+    if keep_compilations:
+        settings |= {
+            "JAX_COMPILATION_CACHE_DIR": str(COMPILATIONS),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        }
+    # A signal that kills gives a negative exit code; the caller judges all of them.
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def train(
+    workdir: Path, fields: Mapping[str, Any] = {}, *, config: Path = DEMO, hook: str = "", **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """launch/train.py on TINY with ``fields`` changed. ``hook`` is Python that runs in the process beforehand."""
+    program = ["-c", _WITH_HOOK.format(hook=hook)] if hook else ["launch/train.py"]
+    command = [*program, "--config", str(config), "--workdir", str(workdir), *words(TINY | dict(fields))]
+    return run(command, **options)
+
+
+def call_on_devices(function: Callable[[], Any], devices: int) -> Any:
+    """What a function of a test module returns (anything JSON can hold) in a process with so many devices."""
+    call = f"import json, {function.__module__} as m; print('RESULT' + json.dumps(m.{function.__name__}()))"
+    done = run(["-c", call], devices=devices)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.rpartition("RESULT")[2])
+
+
+@functools.cache
+def finished_run() -> Path:
+    """Run directory of TINY, never interrupted and compiled from scratch; made once a test session. Do not change it."""
+    workdir = Path(tempfile.mkdtemp(prefix="llip_jax_test_")) / "run"
+    done = train(workdir, keep_compilations=False)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def metrics(workdir: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(workdir: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what depends on the clock."""
+    return [{name: value for name, value in line.items() if name not in TIMINGS} for line in metrics(workdir)]
