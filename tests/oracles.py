@@ -1,21 +1,30 @@
-"""Oracles from other packages: importing OpenCLIP without torchvision's operators, and CLIP weights as our parameters.
+"""What comparisons need: errors, random parameters, OpenCLIP without torchvision's operators, its weights as ours.
 
-Torch is imported inside functions, so that tests which only need :func:`relative_error` run without it.
+Torch is imported inside functions, so that tests which need no oracle from it run without it.
 """
 
+import functools
 import re
 from collections.abc import Mapping
-from functools import cache
 from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import Float
+from flax import nnx
+from jaxtyping import Array, Float
+
+from llip_jax.config import Config
+from llip_jax.models.dual_encoder import abstract_model
 
 Arrays = Mapping[str, Float[np.ndarray, "..."]]
 Params = dict[str, Any]
+
+
+fast_to_compile = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+"""jax.jit for functions that run once: half the time to compile, slower code, the same arithmetic."""
 
 
 def relative_error(actual: Any, expected: Any) -> float:
@@ -40,6 +49,16 @@ def above(errors: Mapping[str, float], tolerance: float) -> dict[str, float]:
     return {path: error for path, error in errors.items() if error > tolerance}
 
 
+def random_params(config: Config, seed: int) -> Params:
+    """Noise for every parameter of a model, around one for norm scales; cheaper to come by than the initial ones."""
+    rng = np.random.default_rng(seed)
+
+    def noise(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> Array:
+        return jnp.asarray((path[-1].key == "scale") + 0.15 * rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree.map_with_path(noise, nnx.to_pure_dict(nnx.state(abstract_model(config), nnx.Param)))
+
+
 def import_open_clip() -> ModuleType:
     """OpenCLIP; skips the test where it is not installed."""
     pytest.importorskip("torch", reason="OpenCLIP needs torch, which is not installed")
@@ -50,7 +69,7 @@ def import_open_clip() -> ModuleType:
         return pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
 
 
-@cache
+@functools.cache
 def _declare_torchvision_operators() -> Any:
     """Declares what a torchvision for CUDA lacks beside a torch for CPU; OpenCLIP imports it but calls none of it.
 

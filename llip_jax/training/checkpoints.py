@@ -37,7 +37,9 @@ class Checkpoints:
             read_only=read_only,
             create=not read_only,
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        # Named here so that the tree of a checkpoint can be read before anything is saved or restored.
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
 
     @property
     def latest(self) -> int | None:
@@ -58,7 +60,7 @@ class Checkpoints:
         if step == self.latest:
             return
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()), progress=ocp.args.JsonSave(progress._asdict())
+            state=ocp.args.PyTreeSave(state._asdict()), progress=ocp.args.JsonSave(progress._asdict())
         )
         self._manager.save(step, args=items)
 
@@ -69,14 +71,14 @@ class Checkpoints:
             ConfigError: the checkpoint's tree differs from ``abstract``; every difference is listed.
         """
         self._check_tree(step, abstract._asdict())
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), progress=ocp.args.JsonRestore())
+        items = ocp.args.Composite(state=_restore_as(abstract._asdict()), progress=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         return TrainState(**restored["state"]), Progress(**restored["progress"])
 
     def restore_params(self, step: int, abstract: Params) -> Params:
         """Parameters alone, for evaluation. Raises as :meth:`restore`."""
         self._check_tree(step, {"params": abstract})
-        args = ocp.args.Composite(state=ocp.args.PyTreeRestore({"params": abstract}, partial_restore=True))
+        args = ocp.args.Composite(state=_restore_as({"params": abstract}))
         return self._manager.restore(step, args=args)["state"]["params"]
 
     def wait(self) -> None:
@@ -96,6 +98,13 @@ class Checkpoints:
                 f"checkpoint {step} in {self._manager.directory} was made by another configuration:\n"
                 + "\n".join(shown)
             )
+
+
+def _restore_as(abstract: dict[str, Any]) -> ocp.args.PyTreeRestore:
+    """Onto the shardings of ``abstract``, which Orbax ignores unless told twice; what it leaves out is not read."""
+    return ocp.args.PyTreeRestore(
+        abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
+    )
 
 
 def tree_difference(saved: Any, wanted: Any) -> list[str]:

@@ -232,12 +232,13 @@ def _evaluate(
 
 
 def _check_batch(config: Config, mesh: Mesh) -> None:
-    shards, batch = batch_shards(mesh), config.train.batch_size
-    if batch % shards:
-        raise ConfigError(
-            f"train.batch_size={batch} does not divide over the {shards} devices of mesh.data x mesh.fsdp "
-            f"({batch} = {batch // shards} x {shards} + {batch % shards}); nearest: {batch - batch % shards or shards}"
-        )
+    shards = batch_shards(mesh)
+    for name, batch in (("train", config.train.batch_size), ("eval", config.eval.batch_size)):
+        if batch % shards:
+            raise ConfigError(
+                f"{name}.batch_size={batch} does not divide over the {shards} devices of mesh.data x mesh.fsdp "
+                f"({batch} = {batch // shards} x {shards} + {batch % shards}); nearest: {batch - batch % shards or shards}"
+            )
 
 
 def _compile(train_step: TrainStep, config: Config, spec: StateSpec, mesh: Mesh) -> TrainStep:

@@ -39,12 +39,10 @@ def prepare(workdir: Path, config: Config) -> None:
                 f"--workdir: {workdir} holds a run that cannot go on with another data order; use a new directory, or "
                 "set back:\n" + "\n".join(f"  {line}" for line in lines)
             )
-    else:
-        write_json(workdir / "config.json", to_dict(config))
 
 
 def describe(workdir: Path, config: Config, state: TrainState) -> None:
-    """Writes config.json and model.txt: for a run whose checkpoint is known to fit this configuration."""
+    """Writes config.json and model.txt, once data and checkpoint are known to fit this configuration."""
     write_json(workdir / "config.json", to_dict(config))
     (workdir / "model.txt").write_text(parameter_table(state))
 
