@@ -1,13 +1,16 @@
 """A tiny run, and launch/train.py as a process of its own."""
 
+import atexit
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from llip_jax.config import Config
@@ -68,14 +71,20 @@ def tiny_config(**sections: Mapping[str, Any]) -> Config:
 
 
 def run(
-    command: list[str], *, devices: int = 1, keep_compilations: bool = True, environment: Mapping[str, str] | None = None
+    command: list[str],
+    *,
+    devices: int = 1,
+    keep_compilations: bool = True,
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.CompletedProcess[str]:
     """A Python command in the repository's root with simulated devices; its exit code and what it printed."""
     settings = {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        **(environment or {}),
+        # Halves the time; a run and its continuation agree at any level.
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        **environment,
     }
     if keep_compilations:
         settings |= {
@@ -96,11 +105,15 @@ def run(
 
 
 def train(
-    workdir: Path, fields: Mapping[str, Any] = {}, *, config: Path = DEMO, hook: str = "", **options: Any
+    workdir: Path,
+    fields: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    hook: str = "",
+    **options: Any,
 ) -> subprocess.CompletedProcess[str]:
     """launch/train.py on TINY with ``fields`` changed. ``hook`` is Python that runs in the process beforehand."""
     program = ["-c", _WITH_HOOK.format(hook=hook)] if hook else ["launch/train.py"]
-    command = [*program, "--config", str(config), "--workdir", str(workdir), *words(TINY | dict(fields))]
+    command = [*program, "--config", str(DEMO), "--workdir", str(workdir), *words(TINY | dict(fields))]
     return run(command, **options)
 
 
@@ -112,10 +125,17 @@ def call_on_devices(function: Callable[[], Any], devices: int) -> Any:
     return json.loads(done.stdout.rpartition("RESULT")[2])
 
 
+def temporary_folder() -> Path:
+    """A folder that goes with this process, for what several tests share."""
+    folder = Path(tempfile.mkdtemp(prefix="llip_jax_test_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 @functools.cache
 def finished_run() -> Path:
-    """Run directory of TINY, never interrupted and compiled from scratch; made once a test session. Do not change it."""
-    workdir = Path(tempfile.mkdtemp(prefix="llip_jax_test_")) / "run"
+    """Run directory of TINY, made once, uninterrupted, by its own compilation. Not to be changed: copy it."""
+    workdir = temporary_folder() / "run"
     done = train(workdir, keep_compilations=False)
     assert done.returncode == 0, done.stderr
     return workdir

@@ -62,7 +62,10 @@ def test_split_overrides() -> None:
         (["--config.model.pooler=mixed"], ["model.pooler: 'mixed' is not valid", "'mixer'"]),
         (["--config.train.steps"], ["--config.train.steps: expected --config.train.steps=VALUE"]),
         (["--config.mesh.data=3"], ["mesh: data=3 x fsdp=1 x tensor=1 does not fill 1 device(s)"]),
-        (["--config.model.image_size=30"], ["model.image_size=30 is not a multiple of model.vision.patch=4", "30 = 7 x 4 + 2"]),
+        (
+            ["--config.model.image_size=30"],
+            ["model.image_size=30 is not a multiple of model.vision.patch=4", "30 = 7 x 4 + 2"],
+        ),
         (["--config.model.vision.heads=3"], ["model.vision.width=32 is not a multiple of model.vision.heads=3"]),
         (["--config.model.mixer_heads=5"], ["model.embed_dim=32 is not a multiple of model.mixer_heads=5"]),
     ],
@@ -101,7 +104,8 @@ def test_missing_config_file(call: Called, tmp_path: Path) -> None:
 )
 def test_config_file_that_fails(call: Called, tmp_path: Path, source: str, parts: list[str]) -> None:
     (tmp_path / "own.py").write_text(source)
-    refused(call(train_program.main, *tiny(tmp_path / "run", str(tmp_path / "own.py"))), str(tmp_path / "own.py"), *parts)
+    result = call(train_program.main, *tiny(tmp_path / "run", str(tmp_path / "own.py")))
+    refused(result, str(tmp_path / "own.py"), *parts)
 
 
 def test_workdir_that_cannot_be_written(call: Called, tmp_path: Path) -> None:
@@ -144,7 +148,10 @@ def record(number: int, **fields: object) -> dict[str, object]:
         ([], ["captions.jsonl is empty"]),
         ([record(0), '{"image": "1.png", '], ["captions.jsonl, line 2: not valid JSON"]),
         ([record(0), record(1, image="9.png")], ["captions.jsonl, line 2: image '9.png' is not a file"]),
-        ([record(0), record(1), record(2, captions="a dog")], ["line 3: captions is 'a dog', expected a list of strings"]),
+        (
+            [record(0), record(1), record(2, captions="a dog")],
+            ["line 3: captions is 'a dog', expected a list of strings"],
+        ),
         ([record(0), record(1, captions=[])], ["line 2: captions is an empty list"]),
         ([record(0), {"image": "1.png", "caption": ["a"]}], ["line 2: field 'captions' is missing.", "'caption'"]),
         ([record(1), record(2)], ["no record is in the train split 'train'", "'val' (2 records)"]),
@@ -227,7 +234,8 @@ def test_checkpoint_of_another_model_is_refused(call: Called, finished: Path) ->
     lines = [line.strip() for line in result[2].split("another configuration:\n")[1].splitlines()]
     assert len(lines) == 6
     assert "only in the checkpoint:    params/bias float32[]" in lines
-    assert "differs: params/vision/tokens is float32[4, 32] in the checkpoint, float32[5, 32] in the configuration" in lines
+    tokens = "float32[4, 32] in the checkpoint, float32[5, 32] in the configuration"
+    assert f"differs: params/vision/tokens is {tokens}" in lines
     for name, text in before.items():
         assert (finished / name).read_text() == text, "a refused run must leave the directory's description alone"
 
@@ -295,5 +303,3 @@ def test_process_without_arguments() -> None:
     done = run(["launch/evaluate.py"])
     assert done.returncode == 2
     assert "--workdir" in done.stderr
-
-

@@ -211,7 +211,7 @@ def test_with_variant_leaves_its_argument_alone() -> None:
     config = {"model": {"pooler": "mixer"}}
     assert with_variant(config, "siglip").model.pooler == "class_token"
     assert config == {"model": {"pooler": "mixer"}}
-    with pytest.raises(ConfigError, match="no variant named 'sigmoid'. Did you mean 'siglip'"):
+    with pytest.raises(ConfigError, match=r"no variant named 'sigmoid'\. Did you mean 'siglip'"):
         with_variant(config, "sigmoid")
 
 

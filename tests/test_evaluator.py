@@ -2,9 +2,7 @@
 
 import dataclasses
 import io
-import tempfile
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
-from run_helpers import call_on_devices, tiny_config
+from run_helpers import call_on_devices, temporary_folder, tiny_config
 
 from llip_jax.config import Config, ConfigError, MeshConfig
 from llip_jax.data.pipeline import build_tokenizer
@@ -53,9 +51,7 @@ def world() -> Records:
     for index in range(IMAGES):
         record = world[index]
         captions = (*record.captions[:2], f"shared by {index % 2}", "weak and left out")
-        records.append(
-            dataclasses.replace(record, captions=captions, specific=3, fields={"kind": f"kind {index % 5}"})
-        )
+        records.append(dataclasses.replace(record, captions=captions, specific=3, fields={"kind": f"kind {index % 5}"}))
     return Records(records)
 
 
@@ -74,7 +70,7 @@ def config_of(block: int, pooler: str = "mixer", **data: Any) -> Config:
 @cache
 def tokenizer() -> Tokenizer:
     config = tiny_config().data.tokenizer
-    return build_tokenizer(config, world(), Path(tempfile.mkdtemp(prefix="llip_jax_test_")) / "tokenizer.json")
+    return build_tokenizer(config, world(), temporary_folder() / "tokenizer.json")
 
 
 @cache
@@ -198,7 +194,7 @@ def test_without_classes() -> None:
 
 
 def test_unknown_label_field() -> None:
-    with pytest.raises(ConfigError, match="data.label_field: .* has no field 'kinds'. Did you mean 'kind'"):
+    with pytest.raises(ConfigError, match=r"data\.label_field: .* has no field 'kinds'\. Did you mean 'kind'"):
         evaluate(config_of(8, label_field="kinds"), world())
 
 

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 from run_helpers import TINY, finished_run, metrics, numbers, tiny_config, train
 
-
 from llip_jax.data.toyworld import ToyWorld
 from llip_jax.parallel.mesh import make_mesh
 from llip_jax.training.checkpoints import Checkpoints
@@ -122,12 +121,13 @@ def test_stopped_in_an_evaluation_between_checkpoints(tmp_path: Path) -> None:
     """The step is saved then, although no checkpoint was due; also with unreadable images and sparse log lines."""
     world = ToyWorld(tiny_config().data.toyworld, "train", image_size=20)
     lines = []
-    for index in range(40):
+    for index in range(80):
         record = world[index]
-        Image.fromarray(record.image).save(tmp_path / f"{index}.png")
-        lines.append({"image": f"{index}.png", "captions": record.captions, "label": str(record.fields["label"])})
-    for index in range(0, 40, 5):
-        (tmp_path / f"{index}.png").write_bytes(b"not an image")
+        image = tmp_path / f"{index}.png"
+        Image.fromarray(record.image).save(image)
+        if index % 5 == 0:
+            image.write_bytes(b"not an image")
+        lines.append({"image": image.name, "captions": record.captions, "label": str(record.fields["label"])})
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     fields = {
         "data.source": "folder",
@@ -138,7 +138,6 @@ def test_stopped_in_an_evaluation_between_checkpoints(tmp_path: Path) -> None:
         "data.augment.crop_scale": "(0.5,1.0)",
         "checkpoint.every_steps": 100,
         "train.log_every_steps": 4,
-        "eval.batch_size": 4,
     }
     reference, run = tmp_path / "reference", tmp_path / "run"
     assert train(reference, fields).returncode == 0
@@ -180,5 +179,3 @@ def test_any_sequence_of_stops(tmp_path: Path, seed: int) -> None:
         assert code in (0, 75, -signal.SIGKILL), done.stderr
         assert attempts < 50
     assert_same_run(run, finished_run())
-
-

@@ -21,7 +21,7 @@ from llip_jax.training.checkpoints import Checkpoints, Progress
 from llip_jax.training.flops import train_step_flops
 from llip_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from llip_jax.training.preemption import Stopped, StopRequest
-from llip_jax.training.state import TrainState, init_state, state_spec
+from llip_jax.training.state import TrainState, state_spec
 from llip_jax.training.step import make_train_step, stream_key
 
 ALL_FIELDS = {
@@ -46,7 +46,8 @@ ALL_FIELDS = {
 def test_run_directory_has_the_documented_contents() -> None:
     workdir = finished_run()
     names = {path.name for path in workdir.iterdir()}
-    assert names == {"config.json", "model.txt", "metrics.jsonl", "tokenizer.json", "tensorboard", "checkpoints", "eval"}
+    files = {"config.json", "model.txt", "metrics.jsonl", "tokenizer.json"}
+    assert names == files | {"tensorboard", "checkpoints", "eval"}
     assert resolve(json.loads((workdir / "config.json").read_text())) == tiny_config()
     assert {path.name for path in (workdir / "eval").iterdir()} == {"3.json", "6.json", "8.json"}
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"4", "6", "8"}, "the newest three"
@@ -107,6 +108,7 @@ def test_random_streams_differ_by_seed_name_and_step(seed: int) -> None:
 # Learning.
 
 PERMUTED_CAPTIONS = """
+import dataclasses
 from llip_jax.data.toyworld import ToyWorld
 record = ToyWorld.__getitem__
 def with_captions_of_another(self, index):
@@ -117,11 +119,11 @@ ToyWorld.__getitem__ = with_captions_of_another
 
 
 def test_learns_what_captions_say_and_nothing_from_permuted_ones(tmp_path: Path) -> None:
-    steps = 80
+    steps = 50
     fields = {
         "train.steps": steps,
         "train.batch_size": 64,
-        "optimizer.learning_rate": 3e-3,
+        "optimizer.learning_rate": 6e-3,
         "optimizer.warmup_steps": 5,
         "checkpoint.every_steps": steps,
         "eval.every_steps": steps,
@@ -131,20 +133,21 @@ def test_learns_what_captions_say_and_nothing_from_permuted_ones(tmp_path: Path)
         "data.tokenizer.vocabulary_size": 512,
         "data.toyworld.train_size": 2000,
         "data.toyworld.eval_size": 64,
-        "data.toyworld.aspects": (2, 4),
+        "data.toyworld.aspects": (3, 5),
     }
-    last_loss, recall = {}, {}
+    last_loss: dict[str, float] = {}
+    recall: dict[str, dict[str, float]] = {}
     for name, hook in (("right", ""), ("permuted", PERMUTED_CAPTIONS)):
         done = train(tmp_path / name, fields, hook=hook)
         assert done.returncode == 0, done.stderr
         losses = [line["loss"] for line in metrics(tmp_path / name)]
         assert np.mean(losses[-10:]) < losses[0] - 0.5
-        last_loss[name] = np.mean(losses[-10:])
+        last_loss[name] = float(np.mean(losses[-10:]))
         recall[name] = json.loads((tmp_path / name / f"eval/{steps}.json").read_text())["retrieval"]
     figure = "image_to_text_recall_at_10"
-    print(last_loss, {name: recall[name][figure] for name in recall})
-    assert last_loss["right"] < last_loss["permuted"] - 0.03
-    assert recall["right"][figure] > 2 * recall["right"][f"{figure}_chance"]
+    # Measured: losses of 4.7 and 5.2, recalls of 0.6 and 0.1, where 0.15 is chance.
+    assert last_loss["right"] < last_loss["permuted"] - 0.2
+    assert recall["right"][figure] > 2.5 * recall["right"][f"{figure}_chance"]
     assert recall["permuted"][figure] < 2 * recall["permuted"][f"{figure}_chance"]
 
 
@@ -162,7 +165,8 @@ def test_weight_decay_covers_matrices_and_tokens_only(pooler: str) -> None:
         jax.tree_util.keystr(path, simple=True, separator="/"): flag
         for path, flag in jax.tree_util.tree_leaves_with_path(decayed(params))
     }
-    blocks = {f"{tower}/transformer/blocks/{name}" for tower in ("vision", "text") for name in ("qkv", "out", "up", "down")}
+    matrices = ("qkv", "out", "up", "down")
+    blocks = {f"{tower}/transformer/blocks/{name}" for tower in ("vision", "text") for name in matrices}
     towers = {"vision/patch_kernel", "vision/tokens", "vision/positions", "text/embedding", "text/positions"}
     poolers = {
         "mixer": {"query", "key", "value", "output", "text"},
@@ -197,20 +201,25 @@ def test_schedule() -> None:
 
 
 def test_schedule_without_and_with_too_long_a_warm_up() -> None:
-    assert float(learning_rate_schedule(OptimizerConfig(learning_rate=0.4, warmup_steps=0), 10)(0)) == pytest.approx(0.4)
+    without = learning_rate_schedule(OptimizerConfig(learning_rate=0.4, warmup_steps=0), steps=10)
+    assert float(without(0)) == pytest.approx(0.4)
     short = learning_rate_schedule(OptimizerConfig(learning_rate=0.4, warmup_steps=2000), steps=10)
     assert [float(short(step)) for step in (0, 5, 10)] == pytest.approx([0, 0.2, 0.4])
 
 
-def test_logit_scale_stops_at_100(tmp_path: Path) -> None:
-    """From 99, with a learning rate that would carry it far above."""
-    config = tiny_config(model={"logit_scale": 99.9}, optimizer={"learning_rate": 0.5, "warmup_steps": 0})
+def test_logit_scale_stops_at_100() -> None:
+    """From 99.9, with updates of a twentieth in its logarithm."""
+    config = tiny_config(optimizer={"learning_rate": 0.05, "warmup_steps": 0})
     mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     with jax.set_mesh(mesh):
         spec = state_spec(config, optimizer, mesh)
-        state = init_state(config, optimizer, spec)
-        # Every picture has every caption, so that a large scale is never punished.
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), spec.abstract.params)
+        params["log_scale"] = jnp.log(jnp.float32(99.9))
+        params["bias"] = jnp.float32(-200)  # far from sure of any match
+        state = TrainState(jnp.int32(0), params, optimizer.init(params))
+        # The same picture and caption in every row leaves only matches, which a larger scale serves.
         batch = {
             "image": jnp.zeros((16, 16, 16, 3), jnp.uint8),
             "text": jnp.ones((16, 1, 12), jnp.int32),
@@ -220,35 +229,47 @@ def test_logit_scale_stops_at_100(tmp_path: Path) -> None:
             "text_group": jnp.zeros((16, 1), jnp.int32),
             "replaced": jnp.zeros(16, jnp.int32),
         }
-        # The same picture and caption in every row leaves only the matches; a positive cosine then raises the scale.
         step = jax.jit(make_train_step(config, spec, optimizer))
         scales = []
-        for _ in range(6):
+        for _ in range(3):
             state, values = step(state, batch)
             scales.append(float(values["logit_scale"]))
-            assert float(state.params["log_scale"]) <= np.float32(MAX_LOG_SCALE)
-    assert scales[0] == pytest.approx(99.9)
-    assert max(scales) == pytest.approx(100)
+    assert scales == pytest.approx([99.9, 100, 100])
+    assert float(state.params["log_scale"]) == np.float32(MAX_LOG_SCALE)
 
 
 # Failing.
 
 
-def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
-    fields = {
-        "optimizer.learning_rate": 1e30,
-        "optimizer.clip_norm": None,
-        "optimizer.warmup_steps": 0,
-        "checkpoint.every_steps": 1,
-        "eval.every_steps": 100,
-    }
-    done = train(tmp_path, fields)
+INFINITE_BATCH = """
+from llip_jax.training import loop
+train_batches = loop.train_batches
+def with_an_infinite_one(*arguments, start_step, **options):
+    for step, batch in enumerate(train_batches(*arguments, start_step=start_step, **options), start=start_step + 1):
+        if step == 5:
+            batch["caption_weight"][3] = float("inf")
+        yield batch
+loop.train_batches = with_an_infinite_one
+"""
+
+
+@pytest.mark.parametrize(
+    ("hook", "fields"),
+    [
+        (INFINITE_BATCH, {}),
+        pytest.param("", {"optimizer.learning_rate": 1e30, "optimizer.warmup_steps": 0}, marks=pytest.mark.slow),
+    ],
+)
+def test_divergence_names_the_step_and_keeps_what_was_good(tmp_path: Path, hook: str, fields: dict[str, Any]) -> None:
+    """Even where every step is saved, what is saved comes from before."""
+    done = train(tmp_path, {"checkpoint.every_steps": 1, "eval.every_steps": 100} | fields, hook=hook)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     named = [line for line in done.stderr.splitlines() if line.startswith("error: step ")]
-    assert len(named) == 1 and "not finite" in named[0]
+    assert len(named) == 1
+    assert "not finite" in named[0]
     step = int(named[0].split()[2].rstrip(":"))
-    assert step >= 2, "the first step's numbers are those of the initial parameters"
+    assert step == 5 if hook else step > 1
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, step))
 
     config = tiny_config()
@@ -301,7 +322,6 @@ def test_saving_a_step_again_does_nothing(tmp_path: Path) -> None:
 
 def test_stop_request_remembers_the_first_signal_and_gives_the_handlers_back() -> None:
 
-
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
         stop.check()
@@ -317,11 +337,13 @@ def test_stop_request_remembers_the_first_signal_and_gives_the_handlers_back() -
 # Counting.
 
 
-@pytest.mark.parametrize("pooler", ["mixer", "average", "registers"])
+@pytest.mark.parametrize(
+    "pooler", ["mixer", *(pytest.param(name, marks=pytest.mark.slow) for name in ("average", "registers"))]
+)
 def test_flops_agree_with_the_compiler(pooler: str) -> None:
     """The compiler also counts norms, activations, losses and the optimizer, a few percent here."""
-    towers = {f"{tower}.{name}": size for tower in ("vision", "text") for name, size in {"width": 64, "mlp": 256}.items()}
-    model = {"pooler": pooler, "embed_dim": 64, "image_size": 32, "text.length": 24, "scan_layers": False, **towers}
+    model = {"pooler": pooler, "embed_dim": 64, "image_size": 32, "text.length": 24, "scan_layers": False}
+    model |= {"vision.width": 64, "vision.mlp": 256, "text.width": 64, "text.mlp": 256}
     config = tiny_config(model=model, train={"batch_size": 8})
     mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -332,21 +354,23 @@ def test_flops_agree_with_the_compiler(pooler: str) -> None:
 
 
 def test_flops_of_b16_by_hand() -> None:
-    """SigLIP B/16 at 224 pixels, 77 tokens: a published ViT-B/16 does 17.6 GFLOP x 2 an image forward."""
-    config = load("configs/llip_b16.py:siglip", ["train.batch_size=1"])
+    """SigLIP B/16 at 224 pixels and 77 tokens; a ViT-B/16 is known to take 17.6 billion multiply-adds an image."""
+    config = load("configs/llip_b16.py:siglip", ["train.batch_size=2"])
     block = {width: 2 * 12 * width**2 for width in (768, 512)}  # a token, both halves of a block
     vision = 12 * (197 * block[768] + 4 * 197**2 * 768) + 2 * 196 * 768 * 768
     text = 12 * (77 * block[512] + 4 * 77**2 * 512)
-    rest = 2 * 768 * 512 + 2 * 512 * 512 + 2 * 512
+    projections = 2 * 768 * 512 + 2 * 512 * 512
+    pair = 2 * 512
     assert vision == pytest.approx(2 * 17.58e9, rel=0.01)
-    assert train_step_flops(config) == pytest.approx(3 * (vision + text + rest))
+    assert train_step_flops(config) == pytest.approx(3 * (2 * (vision + text + projections) + 4 * pair))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [name for name in LADDER if name])
 def test_every_rung_trains(tmp_path: Path, variant: str) -> None:
     fields = TINY | {"model.mixture_tokens": 1 if variant in ("siglip", "clip") else 4}
-    done = run(["launch/train.py", "--config", f"configs/llip_demo.py:{variant}", "--workdir", str(tmp_path), *words(fields)])
+    config = f"configs/llip_demo.py:{variant}"
+    done = run(["launch/train.py", "--config", config, "--workdir", str(tmp_path), *words(fields)])
     assert done.returncode == 0, done.stderr
     assert metrics(tmp_path)[-1]["loss"] < metrics(tmp_path)[0]["loss"]
 

@@ -77,7 +77,9 @@ class FolderSource:
         if not split_sizes:
             raise ConfigError(f"{file} is empty; expected one JSON object a line")
         for unknown in sorted(set(exclude) - field_names):
-            _logger.warning("data.folder.eval_exclude: no record of %s has a field %r, nothing is excluded", file, unknown)
+            _logger.warning(
+                "data.folder.eval_exclude: no record of %s has a field %r, nothing is excluded", file, unknown
+            )
         if not selected:
             sizes = ", ".join(f"{name!r} ({count} records)" for name, count in sorted(split_sizes.items()))
             reason = "data.folder.eval_exclude leaves out all of" if wanted in split_sizes else "no record is in"

@@ -237,7 +237,8 @@ def _check_batch(config: Config, mesh: Mesh) -> None:
         if batch % shards:
             raise ConfigError(
                 f"{name}.batch_size={batch} does not divide over the {shards} devices of mesh.data x mesh.fsdp "
-                f"({batch} = {batch // shards} x {shards} + {batch % shards}); nearest: {batch - batch % shards or shards}"
+                f"({batch} = {batch // shards} x {shards} + {batch % shards}); nearest: "
+                f"{batch - batch % shards or shards}"
             )
 
 
