@@ -12,6 +12,7 @@ import json
 
 import numpy as np
 from jaxtyping import Float
+
 from llip_jax.config_files import load
 from llip_jax.data.images import decode, resize_for_eval
 from llip_jax.data.pipeline import build_source

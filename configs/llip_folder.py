@@ -18,7 +18,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config = {
         "model": {
             "size": "Ti/4",
-            "image_size": 64,
+            "image_size": 32,
             "vision": {"patch": 8},
             "text": {"layers": 2, "length": 16},
             "embed_dim": 128,
@@ -27,18 +27,18 @@ def get_config(variant: str | None = None) -> ConfigDict:
             "activation": "relu",
             "logit_bias": "prior",
         },
-        "train": {"batch_size": 128, "steps": 2400, "log_every_steps": 20},
+        "train": {"batch_size": 256, "steps": 1600, "log_every_steps": 20},
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 100, "weight_decay": 0.1, "beta2": 0.95},
         "data": {
             "source": "folder",
             "tokenizer": {"name": "trained", "vocabulary_size": 4096},
             # Colour and grey-scale changes, because held-out pictures may be drawn in another style.
-            "augment": {"crop_scale": (0.6, 1.0), "color": 0.4, "grayscale": 0.3},
+            "augment": {"crop_scale": (0.7, 1.0), "color": 0.3, "grayscale": 0.1},
             "captions": {"specific_probability": 0.75},
             # Flags in the emoji set are a memorisation test of their own; folders without categories lose nothing.
             "folder": {"eval_exclude": {"category": ("Flags",)}},
         },
-        "checkpoint": {"every_steps": 400},
-        "eval": {"every_steps": 300},
+        "checkpoint": {"every_steps": 200},
+        "eval": {"every_steps": 200},
     }
     return with_variant(config, variant)

@@ -96,9 +96,9 @@ class PairLossConfig:
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
 class ObjectiveConfig:
-    """A weighted list of terms, at least one; None leaves a term out."""
+    """A weighted list of terms, at least one; None leaves a term out. Naming another term adds it to the sigmoid."""
 
-    sigmoid: PairLossConfig | None = None
+    sigmoid: PairLossConfig | None = Field(default_factory=PairLossConfig)
     softmax: PairLossConfig | None = None
 
     @model_validator(mode="after")
@@ -283,7 +283,7 @@ class Config:
 
     seed: int = Field(default=0, ge=0, lt=2**31)
     model: ModelConfig = Field(default_factory=ModelConfig)
-    objective: ObjectiveConfig = Field(default_factory=lambda: ObjectiveConfig(sigmoid=PairLossConfig()))
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     data: DataConfig = Field(default_factory=DataConfig)
@@ -307,8 +307,14 @@ def resolve(raw: Mapping[str, Any]) -> Config:
     except TypeError as error:
         raise ConfigError(f"config: {error}; expected numbers, strings, tuples, booleans and None") from None
     except pydantic.ValidationError as error:
-        lines = sorted({_message(e["type"], e["loc"], e["msg"], e["input"]) for e in error.errors()})
-        raise ConfigError("\n".join(lines)) from None
+        problems: dict[str, list[str]] = {}
+        for e in error.errors():
+            subject, text = _message(e["type"], e["loc"], e["msg"], e["input"])
+            problems.setdefault(subject, []).append(text)
+        # A field of several types has one problem for each of them.
+        raise ConfigError(
+            "\n".join(f"{subject}{' or '.join(problems[subject])}" for subject in sorted(problems))
+        ) from None
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -327,15 +333,15 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     ]
 
 
-def _message(kind: str, location: tuple[int | str, ...], text: str, value: Any) -> str:
-    """One line for the user from one pydantic error."""
+def _message(kind: str, location: tuple[int | str, ...], text: str, value: Any) -> tuple[str, str]:
+    """What a pydantic error is about, and what is wrong with it."""
     owner: type = Config
     path: list[str] = []
     for part in location:
         names = [f.name for f in dataclasses.fields(owner)]
         if part not in names:
             if kind == "unexpected_keyword_argument":
-                return f"{'.'.join([*path, str(part)])}: no such field.{nearest(str(part), names)}"
+                return f"{'.'.join([*path, str(part)])}: ", f"no such field.{nearest(str(part), names)}"
             break
         path.append(str(part))
         inner = _dataclass_in(get_type_hints(owner)[str(part)])
@@ -344,7 +350,7 @@ def _message(kind: str, location: tuple[int | str, ...], text: str, value: Any) 
         owner = inner
     # What follows the field's own path names alternatives of its type, not something the user wrote.
     text = text.removeprefix("Value error, ")
-    return f"{'.'.join(path) or 'config'}: {value!r} is not valid: {text[0].lower()}{text[1:]}"
+    return f"{'.'.join(path) or 'config'}: {value!r} is not valid: ", text[0].lower() + text[1:]
 
 
 def _dataclass_in(hint: Any) -> type | None:

@@ -222,7 +222,7 @@ def test_other_sample_order_is_refused(call: Called, finished: Path, field: str,
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """For mistakes that are found while the compiler works, which takes most of the time."""
-    monkeypatch.setattr(loop, "_compile", lambda *_: None)
+    monkeypatch.setattr(loop, "compile_step", lambda *_: None)
 
 
 @pytest.mark.usefixtures("no_compiler")

@@ -174,6 +174,21 @@ def test_unreadable_images_are_left_out_and_counted() -> None:
         evaluate(config_of(8), Records([dataclasses.replace(record, image=b"torn") for record in records]))
 
 
+class Unopenable(Records):
+    """Records of which some cannot even be opened."""
+
+    def __getitem__(self, index: int) -> Record:
+        if index in (0, 7, 18):
+            raise OSError("permission denied")
+        return super().__getitem__(index)
+
+
+def test_files_that_cannot_be_opened_are_left_out_and_counted() -> None:
+    results = evaluate(config_of(8), Unopenable(world().records))
+    rest = [record for index, record in enumerate(world().records) if index not in (0, 7, 18)]
+    assert results == evaluate(config_of(8), Records(rest)) | {"unreadable_images": 3}
+
+
 def test_one_evaluator_serves_many_parameters() -> None:
     config, mesh = config_of(8), make_mesh(MeshConfig())
     graph, params = model_of()
@@ -196,6 +211,12 @@ def test_without_classes() -> None:
 def test_unknown_label_field() -> None:
     with pytest.raises(ConfigError, match=r"data\.label_field: .* has no field 'kinds'\. Did you mean 'kind'"):
         evaluate(config_of(8, label_field="kinds"), world())
+
+
+def test_blank_label() -> None:
+    records = [dataclasses.replace(record, fields={"kind": " "}) for record in world().records]
+    with pytest.raises(ConfigError, match=r"data\.label_field: the 'kind' of .* is blank"):
+        evaluate(config_of(8), Records(records))
 
 
 def test_mean_text_is_the_mean_of_unit_embeddings_and_of_raw_queries() -> None:

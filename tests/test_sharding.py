@@ -63,7 +63,7 @@ def train_on_meshes() -> dict[str, Any]:
         mesh = make_mesh(sizes, jax.devices()[: 1 if name == "one" else 8])
         with jax.set_mesh(mesh):
             spec = state_spec(config, optimizer, mesh)
-            step = loop._compile(make_train_step(config, spec, optimizer), config, spec, mesh)
+            step = loop.compile_step(make_train_step(config, spec, optimizer), config, spec, mesh)
             # Born on the first and the most divided mesh; moved to the others, which saves compiling.
             born = first is None or name == "data2_fsdp2_tensor2"
             state = init_state(config, optimizer, spec) if born else jax.device_put(first, spec.shardings)

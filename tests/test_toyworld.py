@@ -326,7 +326,7 @@ COLOUR_OF = {
     "white": "white",
     "black": "black",
 }
-SIZE_OF = {w: "small" for w in ("small", "little", "tiny")} | {w: "large" for w in ("large", "big", "huge")}
+SIZE_OF = dict.fromkeys(("small", "little", "tiny"), "small") | dict.fromkeys(("large", "big", "huge"), "large")
 TEXTURE_OF = {
     "solid": "solid",
     "plain": "solid",

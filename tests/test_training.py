@@ -349,7 +349,7 @@ def test_flops_agree_with_the_compiler(pooler: str) -> None:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     with jax.set_mesh(mesh):
         spec = state_spec(config, optimizer, mesh)
-        compiled = loop._compile(make_train_step(config, spec, optimizer), config, spec, mesh)
+        compiled = loop.compile_step(make_train_step(config, spec, optimizer), config, spec, mesh)
     assert train_step_flops(config) == pytest.approx(compiled.cost_analysis()["flops"], rel=0.12)
 
 

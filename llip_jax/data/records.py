@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
-from jaxtyping import Int, Float, UInt8
+from jaxtyping import Float, Int, UInt8
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Source(Protocol):
 class Batch(TypedDict):
     """Host batch of B images with C caption slots of L tokens.
 
-    caption_weight sums to 1 over the filled slots of an image; 0 marks an empty slot, whose text and text_mask are 0 and
-    whose caption_source and text_group are -1.
+    caption_weight sums to 1 over the filled slots of an image; 0 marks an empty slot, whose text and text_mask are 0
+    and whose caption_source and text_group are -1.
     image_group and text_group are hashes: equal pictures and equal captions have equal values.
     sample_id is the index in the source of the record that was read; replaced is 1 where it stands in for an
     unreadable one.

@@ -1,6 +1,7 @@
 """Zero-shot classification and retrieval of a model on a source, with text-conditioned scores throughout."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from llip_jax.config import Config, ConfigError, nearest
+from llip_jax.data.images import ImageError
 from llip_jax.data.pipeline import eval_images
-from llip_jax.data.records import Source
+from llip_jax.data.records import Record, Source
 from llip_jax.data.tokenizers import Tokenizer
 from llip_jax.evaluation.classes import ClassSpec
 from llip_jax.evaluation.classification import accuracy
@@ -33,7 +35,7 @@ class Evaluator:
     source names classes. Blocks are padded to one shape, so that nothing recompiles; padding is cut off the results.
 
     Raises:
-        ConfigError: eval.batch_size does not divide over the mesh.
+        ConfigError: eval.batch_size does not divide over the mesh, or the first record lacks data.label_field.
     """
 
     def __init__(self, config: Config, graph: nnx.GraphDef[Any], mesh: Mesh, source: Source, tokenizer: Tokenizer):
@@ -44,6 +46,8 @@ class Evaluator:
                 "mesh.data x mesh.fsdp"
             )
         self._config, self._source, self._tokenizer = config, source, tokenizer
+        with suppress(ImageError, OSError):  # told, and left out, when it is evaluated
+            self._label(source[0])
         self._rows, self._whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
         def image_side(params: Any, images: Array) -> ImageSide:
@@ -99,20 +103,36 @@ class Evaluator:
 
     def _annotations(self) -> tuple[list[str], list[tuple[str, ...]], list[str] | None]:
         """Distinct captions, the captions of each image, and the class name of each image where the source has one."""
-        captions, labels, field = [], [], self._config.data.label_field
+        captions: list[tuple[str, ...]] = []
+        labels: list[str] = []
         for index in range(len(self._source)):
-            record = self._source[index]
-            captions.append(record.captions[: record.specific])
-            if field is not None:
-                if field not in record.fields:
-                    raise ConfigError(
-                        f"data.label_field: {record.name} has no field {field!r}.{nearest(field, list(record.fields))}"
-                    )
-                labels.append(str(record.fields[field]))
-        return sorted({text for own in captions for text in own}), captions, labels or None
+            try:
+                record = self._source[index]
+            except (ImageError, OSError):  # eval_images leaves it out too
+                captions.append(())
+                labels.append("")
+            else:
+                captions.append(record.captions[: record.specific])
+                labels.append(self._label(record))
+        texts = sorted({text for own in captions for text in own})
+        return texts, captions, None if self._config.data.label_field is None else labels
+
+    def _label(self, record: Record) -> str:
+        """The record's class name; '' where the run has no classes."""
+        field = self._config.data.label_field
+        if field is None:
+            return ""
+        if field not in record.fields:
+            raise ConfigError(
+                f"data.label_field: {record.name} has no field {field!r}.{nearest(field, list(record.fields))}"
+            )
+        name = str(record.fields[field])
+        if not name.strip():
+            raise ConfigError(f"data.label_field: the {field!r} of {record.name} is blank, expected a class name")
+        return name
 
     def _classes(self, labels: Sequence[str]) -> ClassSpec:
-        return ClassSpec.from_names(sorted(set(labels)), self._config.eval.templates)
+        return ClassSpec.from_names(sorted(set(labels) - {""}), self._config.eval.templates)
 
     def _padded(self, n: int) -> int:
         """n rounded up to whole blocks."""

@@ -70,14 +70,14 @@ class Checkpoints:
         Raises:
             ConfigError: the checkpoint's tree differs from ``abstract``; every difference is listed.
         """
-        self._check_tree(step, abstract._asdict())
+        self.check(step, abstract._asdict())
         items = ocp.args.Composite(state=_restore_as(abstract._asdict()), progress=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         return TrainState(**restored["state"]), Progress(**restored["progress"])
 
     def restore_params(self, step: int, abstract: Params) -> Params:
         """Parameters alone, for evaluation. Raises as :meth:`restore`."""
-        self._check_tree(step, {"params": abstract})
+        self.check(step, {"params": abstract})
         args = ocp.args.Composite(state=_restore_as({"params": abstract}))
         return self._manager.restore(step, args=args)["state"]["params"]
 
@@ -89,7 +89,8 @@ class Checkpoints:
         """Waits until everything asked for is on disk."""
         self._manager.close()
 
-    def _check_tree(self, step: int, wanted: dict[str, Any]) -> None:
+    def check(self, step: int, wanted: dict[str, Any]) -> None:
+        """Raises ConfigError unless the checkpoint holds ``wanted`` (parts of the state by name); reads no array."""
         saved = {name: tree for name, tree in self._manager.item_metadata(step)["state"].items() if name in wanted}
         lines = tree_difference(saved, wanted)
         if lines:

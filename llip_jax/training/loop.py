@@ -65,15 +65,19 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
         # Before the compiler starts, so that mistakes in the data are told at once.
         source = build_source(config.data, "train", config.model.image_size)
         eval_source = build_source(config.data, "eval", config.model.image_size)
-        # XLA compiles outside the interpreter lock: tokenizer and state are made meanwhile.
-        compiling = background.submit(_compile, make_train_step(config, spec, optimizer), config, spec, mesh)
-        tokenizer = build_tokenizer(config.data.tokenizer, source, workdir / "tokenizer.json")
-        data_ready = clock()
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
+        if checkpoints.latest is not None:
+            checkpoints.check(checkpoints.latest, spec.abstract._asdict())
+        # XLA compiles outside the interpreter lock: tokenizer and state are made meanwhile.
+        train_step = make_train_step(config, spec, optimizer)
+        compiling = background.submit(compile_step, train_step, config, spec, mesh)
+        tokenizer = build_tokenizer(config.data.tokenizer, source, workdir / "tokenizer.json")
+        evaluator = Evaluator(config, spec.graph, mesh, eval_source, tokenizer)
+        data_ready = clock()
         state, progress = _restore_or_init(config, checkpoints, optimizer, spec, source.fingerprint())
         run_directory.describe(workdir, config, spec.abstract)
         state_ready = clock()
-        train_step = compiling.result()
+        compiled_step = compiling.result()
         print(
             f"ready after {clock() - started:.1f} s (data and tokenizer {data_ready - started:.1f} s, state "
             f"{state_ready - data_ready:.1f} s, then waiting for the compiler {clock() - state_ready:.1f} s)",
@@ -93,7 +97,6 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        evaluator = Evaluator(config, spec.graph, mesh, eval_source, tokenizer)
         writer = MetricsWriter(workdir, start)
         peak = peak_flops(list(mesh.devices.flat))
         try:
@@ -104,7 +107,7 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
                     config=config,
                     workdir=workdir,
                     sharding=batch_sharding(mesh),
-                    train_step=train_step,
+                    train_step=compiled_step,
                     evaluator=evaluator,
                     checkpoints=checkpoints,
                     recorder=recorder,
@@ -242,7 +245,7 @@ def _check_batch(config: Config, mesh: Mesh) -> None:
             )
 
 
-def _compile(train_step: TrainStep, config: Config, spec: StateSpec, mesh: Mesh) -> TrainStep:
+def compile_step(train_step: TrainStep, config: Config, spec: StateSpec, mesh: Mesh) -> TrainStep:
     """The step compiled ahead of time for the one batch shape of the run: a second shape is an error, not a stall."""
     batch, slots, length = config.train.batch_size, config.data.captions.slots, config.model.text.length
     side = config.model.image_size

@@ -28,7 +28,10 @@ def prepare(workdir: Path, config: Config) -> None:
         probe.unlink()
     except OSError as error:
         raise ConfigError(f"--workdir: cannot write to {workdir}: {error.strerror}") from None
-    if (workdir / "config.json").exists():
+    if not (workdir / "config.json").exists():
+        # Left by a start that failed, perhaps with other data: a run's own tokenizer has a config.json beside it.
+        (workdir / "tokenizer.json").unlink(missing_ok=True)
+    else:
         lines = [
             line
             for line in differences(read_config(workdir), config)
