@@ -1,6 +1,6 @@
 """Time and memory of one training step, without data or checkpoints.
 
-    python benchmarks/train_step.py --config configs/llip_folder.py [--config.FIELD=VALUE ...] [--versus FIELD=VALUE ...]
+    python benchmarks/train_step.py --config configs/llip_demo.py [--config.FIELD=VALUE ...] [--versus FIELD=VALUE ...]
 
 Prints one JSON line for the configuration, and with --versus a second one for the same configuration with those fields
 changed, the two measured in turn (A B A B ...) so that a machine whose speed drifts favours neither.

@@ -90,7 +90,7 @@ def test_whole_numbers_are_numbers() -> None:
         ({"data": {"toyworld": {"aspects": (3, 2)}}}, "data.toyworld.aspects: "),
         ({"data": {"augment": {"crop_scale": (0.0, 1.0)}}}, "data.augment.crop_scale: "),
         ({"model": {"image_mean": (0.5, 0.5)}}, "model.image_mean"),
-        ({"model": {"logit_bias": "auto"}}, "model.logit_bias: 'auto' is not valid: input should be a valid number or input should be"),
+        ({"model": {"logit_bias": "auto"}}, "'auto' is not valid: input should be a valid number or input should be"),
         ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate: nan is not valid"),
         ({"objective": {"sigmoid": None}}, "expected at least one term (sigmoid, softmax)"),
         ({"objective": {"softmax": {"weight": 0}}}, "objective.softmax.weight: 0 is not valid"),

@@ -47,6 +47,7 @@ class Recorder:
         self._ideal_s = ideal_step_s
         self._pending: _Pending | None = None
         self.replaced_samples = replaced_samples
+        self._settled_at: float | None = None
         self._steps, self._busy_s, self._waited_s = 0, 0.0, 0.0
 
     def add(
@@ -57,24 +58,29 @@ class Recorder:
         Raises:
             Diverged: the step before this one is not finite.
         """
-        self.flush()
+        if self._settled_at is None:
+            self._settled_at = begun
+        self._settle()
         self._pending = _Pending(step, metrics, zlib.crc32(sample_id.tobytes()))
-        self._steps += 1
-        self._busy_s += self._clock() - begun
         self._waited_s += waited
 
     def flush(self) -> None:
-        """Waits for the last step added and logs it if due.
+        """Waits for the last step added and logs it if due; the time until the next step begins is no step's time.
 
         Raises:
             Diverged: it is not finite.
         """
-        if self._pending is None:
+        self._settle()
+        self._settled_at = None
+
+    def _settle(self) -> None:
+        if self._pending is None or self._settled_at is None:
             return
-        begun = self._clock()
         (step, metrics, sample_hash), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
-        self._busy_s += self._clock() - begun
+        # A step's time is from the end of the step before it to its own end, as the host sees them.
+        now = self._clock()
+        self._busy_s, self._settled_at, self._steps = self._busy_s + now - self._settled_at, now, self._steps + 1
         if not values.pop("finite"):
             raise Diverged(
                 f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite. The newest "
@@ -87,7 +93,7 @@ class Recorder:
             self._write(step, values, sample_hash)
 
     def _write(self, step: int, values: dict[str, float], sample_hash: int) -> None:
-        step_time = self._busy_s / max(self._steps, 1)
+        step_time = self._busy_s / self._steps
         line = {
             "loss": values.pop("loss"),
             "examples_seen": step * self._config.train.batch_size,

@@ -1,0 +1,69 @@
+"""Step times and data waits, with a clock that the test turns."""
+
+import itertools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from run_helpers import tiny_config
+
+from llip_jax.training.recorder import Diverged, Recorder
+
+
+class Bar:
+    """A progress bar that nobody sees."""
+
+    def update(self, steps: int) -> None:
+        pass
+
+    def set_postfix(self, **_: Any) -> None:
+        pass
+
+
+class Lines(list[dict[str, Any]]):
+    """Takes the place of the metrics file."""
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self.append({"step": step, **values})
+
+
+def metrics(loss: float = 1.0) -> dict[str, Any]:
+    return {
+        "loss": jnp.float32(loss),
+        "grad_norm": jnp.float32(1),
+        "finite": jnp.isfinite(jnp.float32(loss)),
+        "replaced_samples": jnp.int32(2),
+    }
+
+
+def test_times_are_from_end_to_end_and_pauses_do_not_count() -> None:
+    now, lines = 0.0, Lines()
+    config = tiny_config(train={"log_every_steps": 2})
+    recorder = Recorder(config, lines, Bar(), lambda: now, 0.5, 0)  # type: ignore[arg-type]
+    # (begun, waited for data, handed over): each step is settled when the next one has been handed over.
+    for step, (begun, waited, handed_over) in enumerate([(0, 1, 2), (2, 0.5, 6), (6, 0.5, 9)], start=1):
+        now = handed_over
+        recorder.add(step, metrics(), np.arange(16), begun, waited)
+    assert [line["step"] for line in lines] == [2]
+    assert lines[0]["step_time_s"] == pytest.approx(9 / 2)
+    assert lines[0]["data_wait_fraction"] == pytest.approx(1.5 / 9)
+    assert lines[0]["examples_per_second"] == pytest.approx(16 / 4.5)
+    assert lines[0]["mfu"] == pytest.approx(0.5 / 4.5)
+    now = 10
+    recorder.flush()
+    now = 1000  # an evaluation
+    recorder.add(4, metrics(), np.arange(16), begun=1000, waited=0)
+    now = 1003
+    recorder.flush()
+    assert [line["step"] for line in lines] == [2, 4]
+    assert lines[1]["step_time_s"] == pytest.approx((1 + 3) / 2)
+    assert [line["replaced_samples"] for line in lines] == [4, 8]
+
+
+def test_a_step_that_is_not_finite_is_named_one_step_later() -> None:
+    recorder = Recorder(tiny_config(), Lines(), Bar(), itertools.count(1.0).__next__, None, 0)  # type: ignore[arg-type]
+    recorder.add(1, metrics(), np.arange(16), 0, 0)
+    recorder.add(2, metrics(float("nan")), np.arange(16), 0, 0)
+    with pytest.raises(Diverged, match=r"step 2: loss nan"):
+        recorder.flush()
