@@ -54,7 +54,10 @@ class TextConfig:
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
 class ModelConfig:
-    """The dual encoder. ``mixture_tokens`` counts all learned image tokens (class token included for `registers`)."""
+    """The dual encoder.
+
+    ``mixture_tokens`` counts all learned image tokens: for `registers` the class token too; `class_token` has one only.
+    """
 
     size: str = "B/16"
     pooler: Pooler = "mixer"
@@ -259,6 +262,13 @@ class EvalConfig:
     """Images, or texts, of one evaluation block over all devices."""
     templates: tuple[str, ...] = ("a picture of a {}.", "an image showing a {}.", "a {} seen up close.", "one {}.")
     """Prompts of zero-shot classification; each ``{}`` becomes the class name."""
+
+    @field_validator("templates")
+    @classmethod
+    def _filled(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or any("{}" not in template for template in value):
+            raise ValueError(f"expected at least one template, each with '{{}}' for the class name, got {value}")
+        return value
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)

@@ -46,19 +46,25 @@ def load(spec: str, overrides: Sequence[str] = ()) -> Config:
         ConfigError: a file that is missing or fails, and everything :func:`llip_jax.config.resolve` refuses.
     """
     path, _, arg = spec.partition(":")
-    raw = _run_config_file(Path(path), arg or None)
+    return resolve(overridden(_run_config_file(Path(path), arg or None), overrides))
+
+
+def overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A plain nested configuration with ``field.path=value`` overrides put in; changes ``raw``."""
     for override in overrides:
         name, _, text = override.partition("=")
         _set(raw, name.split("."), _parse(name.split("."), text))
-    return resolve(raw)
+    return raw
 
 
 def _run_config_file(path: Path, arg: str | None) -> dict[str, Any]:
     if not path.is_file():
         near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
         raise ConfigError(f"--config: no file {str(path)!r}.{near}")
+    if path.suffix != ".py":
+        raise ConfigError(f"--config: {str(path)!r} is not a Python file with get_config(arg)")
     spec = importlib.util.spec_from_file_location(f"config_file_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # only for suffixes that are not Python's
+    assert spec is not None and spec.loader is not None  # given for every .py file
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))
     try:

@@ -215,7 +215,11 @@ def finished(tmp_path: Path) -> Path:
 )
 def test_other_sample_order_is_refused(call: Called, finished: Path, field: str, value: object, line: str) -> None:
     before = (finished / "config.json").read_text()
-    refused(call(train_program.main, *tiny(finished), f"--config.{field}={value}"), "another data order", line)
+    refused(
+        call(train_program.main, *tiny(finished), f"--config.{field}={value}"),
+        "cannot go on with another configuration",
+        line,
+    )
     assert (finished / "config.json").read_text() == before
 
 
@@ -303,3 +307,33 @@ def test_process_without_arguments() -> None:
     done = run(["launch/evaluate.py"])
     assert done.returncode == 2
     assert "--workdir" in done.stderr
+
+
+def test_evaluation_without_the_tokenizer_is_refused(call: Called, finished: Path) -> None:
+    """Another one, trained on the evaluation's captions, would give figures that mean nothing."""
+    (finished / "tokenizer.json").unlink()
+    refused(call(evaluate_program.main, "--workdir", finished), "tokenizer.json is missing")
+    assert not (finished / "tokenizer.json").exists()
+
+
+def test_evaluation_takes_overrides(call: Called, finished: Path) -> None:
+    refused(call(evaluate_program.main, "--workdir", finished, "--config.mesh.data=3"), "mesh: data=3")
+
+
+def test_workdir_that_is_a_file(call: Called, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    refused(call(evaluate_program.main, "--workdir", tmp_path / "file"), "no run in")
+
+
+def test_config_that_is_not_python(call: Called, finished: Path) -> None:
+    refused(call(train_program.main, "--config", finished / "config.json", "--check"), "is not a Python file")
+
+
+def test_templates_are_checked_at_the_start(call: Called) -> None:
+    refused(call(train_program.main, "--config", DEMO, "--check", "--config.eval.templates=('dog',)"), "eval.templates")
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_another_computation_with_the_same_parameters_is_refused(call: Called, finished: Path) -> None:
+    result = call(train_program.main, *tiny(finished, model__mixer_temperature=1.0))
+    refused(result, "model.mixer_temperature: 5.0 -> 1.0")

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -266,3 +267,16 @@ def test_augment_is_a_function_of_its_generator(rng):
     assert views[0].shape == (24, 24, 3) and views[0].dtype == np.uint8
     np.testing.assert_array_equal(views[0], views[1])
     assert not np.array_equal(views[0], views[2])
+
+
+@pytest.mark.parametrize("shape", [(3, 9000, 3), (9000, 3, 3)])
+def test_a_line_of_pixels_is_evaluated_in_bounded_memory(shape):
+    image = np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)
+    tracemalloc.start()
+    result = resize_for_eval(image, 224)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert result.shape == (224, 224, 3)
+    middle = image[:, 4498:4502] if shape[1] == 9000 else image[4498:4502]
+    assert abs(result.mean() - middle.mean()) < 12
+    assert peak < 20 * 2**20

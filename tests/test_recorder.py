@@ -47,7 +47,7 @@ def test_times_are_from_end_to_end_and_pauses_do_not_count() -> None:
         recorder.add(step, metrics(), np.arange(16), begun, waited)
     assert [line["step"] for line in lines] == [2]
     assert lines[0]["step_time_s"] == pytest.approx(9 / 2)
-    assert lines[0]["data_wait_fraction"] == pytest.approx(1.5 / 9)
+    assert lines[0]["data_wait_fraction"] == pytest.approx(2 / 9)
     assert lines[0]["examples_per_second"] == pytest.approx(16 / 4.5)
     assert lines[0]["mfu"] == pytest.approx(0.5 / 4.5)
     now = 10

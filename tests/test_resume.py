@@ -179,3 +179,15 @@ def test_any_sequence_of_stops(tmp_path: Path, seed: int) -> None:
         assert code in (0, 75, -signal.SIGKILL), done.stderr
         assert attempts < 50
     assert_same_run(run, finished_run())
+
+
+def test_evaluations_of_steps_that_are_done_again_are_done_again(tmp_path: Path) -> None:
+    """A run that died after evaluating a step it had not saved may come back to it with other parameters."""
+    workdir = shutil.copytree(finished_run(), tmp_path / "run")
+    for step in (6, 8):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+        (workdir / "eval" / f"{step}.json").write_text("{}")
+    assert train(workdir).returncode == 0
+    for step in (3, 6, 8):
+        name = f"eval/{step}.json"
+        assert (workdir / name).read_text() == (finished_run() / name).read_text()

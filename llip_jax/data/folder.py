@@ -83,7 +83,13 @@ class FolderSource:
         if not selected:
             sizes = ", ".join(f"{name!r} ({count} records)" for name, count in sorted(split_sizes.items()))
             reason = "data.folder.eval_exclude leaves out all of" if wanted in split_sizes else "no record is in"
-            raise ConfigError(f"{file}: {reason} the {split} split {wanted!r}; splits are {sizes}")
+            hint = (
+                ""
+                if has_split
+                else f". No record has a field {config.split_field!r}, so a hash of the image path decides: add it, "
+                f"or raise data.folder.eval_fraction={config.eval_fraction}"
+            )
+            raise ConfigError(f"{file}: {reason} the {split} split {wanted!r}; splits are {sizes}{hint}")
         self._lines = tuple(selected)
         self._fingerprint = digest.hexdigest()
 

@@ -68,6 +68,11 @@ def resize_for_eval(image: UInt8[np.ndarray, "H W 3"], size: int) -> UInt8[np.nd
     if height == width == size:
         return image
     short = min(height, width)
+    if max(height, width) > 4 * short:
+        # Far from the square that is kept, and resized whole a line of pixels would fill the memory.
+        top, left = max(0, height - 4 * short) // 2, max(0, width - 4 * short) // 2
+        image = image[top : top + 4 * short, left : left + 4 * short]
+        height, width = image.shape[:2]
     # The longer side rounds down and the margin to the nearest, as in torchvision's Resize and CenterCrop.
     new_height, new_width = size * height // short, size * width // short
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)

@@ -233,8 +233,9 @@ def train_batches(
         rows=range(process_index * local, (process_index + 1) * local),
         order=sample_order(len(source), seed),
     )
+    # A thread makes whole batches: more threads than batches ahead would have nothing to do.
     ahead = grain.ReadOptions(
-        num_threads=config.threads, prefetch_buffer_size=max(config.threads, config.prefetch_batches)
+        num_threads=min(config.threads, config.prefetch_batches), prefetch_buffer_size=config.prefetch_batches
     )
     batches = grain.MapDataset.range(start_step, stop_step).map(reader).to_iter_dataset(ahead)
     if config.workers:

@@ -1,7 +1,6 @@
 """Zero-shot classification and retrieval of a model on a source, with text-conditioned scores throughout."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 import jax
@@ -35,7 +34,7 @@ class Evaluator:
     source names classes. Blocks are padded to one shape, so that nothing recompiles; padding is cut off the results.
 
     Raises:
-        ConfigError: eval.batch_size does not divide over the mesh, or the first record lacks data.label_field.
+        ConfigError: eval.batch_size does not divide over the mesh, or a record lacks data.label_field.
     """
 
     def __init__(self, config: Config, graph: nnx.GraphDef[Any], mesh: Mesh, source: Source, tokenizer: Tokenizer):
@@ -46,8 +45,7 @@ class Evaluator:
                 "mesh.data x mesh.fsdp"
             )
         self._config, self._source, self._tokenizer = config, source, tokenizer
-        with suppress(ImageError, OSError):  # told, and left out, when it is evaluated
-            self._label(source[0])
+        self._texts, self._captions, self._labels = self._annotations()
         self._rows, self._whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
         def image_side(params: Any, images: Array) -> ImageSide:
@@ -72,7 +70,7 @@ class Evaluator:
         Raises:
             ConfigError: no image of the source can be read.
         """
-        texts, captions, labels = self._annotations()
+        texts, captions, labels = self._texts, self._captions, self._labels
         blocks = list(self._text_blocks(params, texts))
         classes = None if labels is None else self._classes(labels)
         if classes is not None:
@@ -108,7 +106,7 @@ class Evaluator:
         for index in range(len(self._source)):
             try:
                 record = self._source[index]
-            except (ImageError, OSError):  # eval_images leaves it out too
+            except (ImageError, OSError):  # left out of every evaluation, also should it become readable
                 captions.append(())
                 labels.append("")
             else:
@@ -166,8 +164,9 @@ class Evaluator:
         for images, indices in eval_images(self._source, self._config.model.image_size, size, threads):
             side = self._image_side(params, self._put(images))
             scores = jax.device_get([self._scores(side, block) for block in blocks])
-            rows.append(np.concatenate(scores, axis=1)[: len(indices)])
-            kept.extend(int(i) for i in indices)
+            annotated = [row for row, index in enumerate(indices) if self._captions[index]]
+            rows.append(np.concatenate(scores, axis=1)[annotated])
+            kept.extend(int(indices[row]) for row in annotated)
             progress(len(indices))
         width = len(blocks) * size
         return np.concatenate(rows) if rows else np.zeros((0, width), np.float32), kept

@@ -75,10 +75,11 @@ class VisionTower(nnx.Module):
         if images.dtype != jnp.uint8 or images.shape[1:] != (self.image_size, self.image_size, 3):
             expected = f"uint8 [N, {self.image_size}, {self.image_size}, 3]"
             raise ValueError(f"images: expected {expected}, got {images.dtype} {list(images.shape)}")
-        pixels = (images.astype(self.dtype) / 255 - jnp.asarray(self.mean, self.dtype)) / jnp.asarray(
-            self.std, self.dtype
+        # In float32: the subtraction would cost bfloat16 about a grey level.
+        pixels = (images.astype(jnp.float32) / 255 - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        x = patchify(pixels.astype(self.dtype), self.patch) @ in_use(self.patch_kernel, self.dtype) + in_use(
+            self.positions, self.dtype
         )
-        x = patchify(pixels, self.patch) @ in_use(self.patch_kernel, self.dtype) + in_use(self.positions, self.dtype)
         if dropout_key is not None and self.patch_dropout > 0:
             x = drop_patches(x, self.patch_dropout, dropout_key)
         tokens = in_use(self.tokens, self.dtype)

@@ -1,7 +1,7 @@
 """Cosines between every image and every text, the image mixed by the text it is compared with.
 
 The contract for every implementation: projected sides in, cosines [N, J] out. This one is dense and meant to be
-read; its peak memory is one array of N x J x d.
+read; its peak memory is several arrays of N x J x d and N x J x M x K.
 """
 
 from typing import NamedTuple
@@ -58,8 +58,10 @@ def cosines(images: ImageSide, texts: TextSide) -> Float[Array, "N J"]:
     would let the model read the answer off the mixing text.
     """
     t = normalize(texts.embedding)
+    # Full precision: the logit scale multiplies what accelerators' default for float32 would round away.
     if isinstance(images, FixedSide):
-        return jnp.einsum("nd,jd->nj", normalize(images.embedding), t)
+        return jnp.einsum("nd,jd->nj", normalize(images.embedding), t, precision=jax.lax.Precision.HIGHEST)
     if texts.queries is None:
         raise ValueError("mixture images need texts with queries")
-    return jnp.einsum("njd,jd->nj", normalize(mix(images, texts.queries)), t)
+    mixed = normalize(mix(images, texts.queries))
+    return jnp.einsum("njd,jd->nj", mixed, t, precision=jax.lax.Precision.HIGHEST)

@@ -1,5 +1,7 @@
 """Floating-point operations of a training step, counted from the model's shape, and the peak of known chips."""
 
+import math
+
 import jax
 
 from llip_jax.config import Config
@@ -27,7 +29,7 @@ def train_step_flops(config: Config) -> float:
     shape = model_shape(config.model)
     d, images = shape.embed_dim, config.train.batch_size
     texts = images * config.data.captions.slots
-    patches = round((config.model.image_size // shape.patch) ** 2 * (1 - config.model.patch_dropout))
+    patches = math.ceil((config.model.image_size // shape.patch) ** 2 * (1 - config.model.patch_dropout))
     tokens = token_count(config.model)
     vision = _tower(shape.vision, tokens + patches) + 2 * patches * shape.patch**2 * 3 * shape.vision.width
     text = _tower(shape.text, config.model.text.length)

@@ -1,7 +1,7 @@
 """The training loop: effects around a pure step."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-from llip_jax.config import Config, ConfigError
+from llip_jax.config import Config, ConfigError, resolve, to_dict
+from llip_jax.config_files import overridden
 from llip_jax.data.pipeline import build_source, build_tokenizer, train_batches
 from llip_jax.data.records import Batch
 from llip_jax.evaluation.evaluator import Evaluator
@@ -84,6 +85,7 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
             flush=True,
         )
         start = int(state.step)
+        run_directory.drop_later_evaluations(workdir, start)
         batches = train_batches(
             source,
             tokenizer,
@@ -121,20 +123,27 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
             checkpoints.close()
 
 
-def evaluate_run(workdir: Path, step: int | None = None) -> dict[str, Any]:
+def evaluate_run(workdir: Path, step: int | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluates a checkpoint of a run (the newest, or that of ``step``) and writes eval/STEP.json.
 
+    ``overrides`` (FIELD=VALUE) change the run's configuration for this evaluation only.
+
     Raises:
-        ConfigError: no run, no such checkpoint, or data that is gone.
+        ConfigError: no run, no such checkpoint, no tokenizer, or data that is gone.
     """
-    config = run_directory.read_config(workdir)
+    config = resolve(overridden(to_dict(run_directory.read_config(workdir)), overrides))
     mesh = make_mesh(config.mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True)
     step = checkpoints.latest if step is None else step
     if step is None or step not in checkpoints.steps:
         raise ConfigError(f"--step: no checkpoint {step} in {workdir}; there are: {checkpoints.steps or 'none'}")
     source = build_source(config.data, "eval", config.model.image_size)
-    tokenizer = build_tokenizer(config.data.tokenizer, source, workdir / "tokenizer.json")
+    tokenizer_file = workdir / "tokenizer.json"
+    if config.data.tokenizer.name == "trained" and not tokenizer_file.exists():
+        raise ConfigError(
+            f"{tokenizer_file} is missing: the checkpoint means nothing without the tokenizer it learned with"
+        )
+    tokenizer = build_tokenizer(config.data.tokenizer, source, tokenizer_file)
     with jax.set_mesh(mesh):
         spec = state_spec(config, make_optimizer(config.optimizer, config.train.steps), mesh)
         params = checkpoints.restore_params(step, spec.abstract.params)
@@ -172,12 +181,19 @@ class _Loop:
                 if step > 0:
                     self._save(step, state, progress, begun_run)
                 self.checkpoints.wait()
-                print(f"\nstopped by {self.stop.signal_name} after step {step}; saved, the same command goes on")
+                saved = "saved, the same command goes on" if step > 0 else "nothing to save"
+                print(f"\nstopped by {self.stop.signal_name} after step {step}: {saved}")
                 return EXIT_STOPPED
             if last:
                 return EXIT_FINISHED
             begun = self.clock()
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except Exception:
+                # A signal to the whole process group also ends the data workers; then it is a stop like any other.
+                if self.stop.signal_name is None:
+                    raise
+                continue
             waited = self.clock() - begun
             # Only the batch crosses to the device, explicitly; anything else that would is an error.
             with jax.transfer_guard("disallow"):

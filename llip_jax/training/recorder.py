@@ -60,9 +60,9 @@ class Recorder:
         """
         if self._settled_at is None:
             self._settled_at = begun
+        self._waited_s += waited  # within the time that settling is about to count
         self._settle()
         self._pending = _Pending(step, metrics, zlib.crc32(sample_id.tobytes()))
-        self._waited_s += waited
 
     def flush(self) -> None:
         """Waits for the last step added and logs it if due; the time until the next step begins is no step's time.
@@ -83,8 +83,9 @@ class Recorder:
         self._busy_s, self._settled_at, self._steps = self._busy_s + now - self._settled_at, now, self._steps + 1
         if not values.pop("finite"):
             raise Diverged(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: not finite. The newest "
-                "checkpoint is from before this step. A lower optimizer.learning_rate or a longer warm-up often helps."
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: these or the new parameters "
+                "are not finite. The newest checkpoint is from before this step. A lower optimizer.learning_rate or a "
+                "longer warm-up often helps."
             )
         self.replaced_samples += int(values.pop("replaced_samples"))
         self._bar.update(1)

@@ -11,15 +11,39 @@ from llip_jax.config import Config, ConfigError, differences, resolve, to_dict
 from llip_jax.training.metrics import write_json
 from llip_jax.training.state import TrainState
 
-SAMPLE_ORDER_FIELDS = ("seed", "train.batch_size", "data", "model.image_size", "model.text.length")
-"""What decides which samples, in which form, a step sees: a run cannot be resumed with any of these changed."""
+FIXED_FIELDS = (
+    "seed",
+    "train.batch_size",
+    "data",
+    "objective",
+    "model.image_size",
+    "model.image_mean",
+    "model.image_std",
+    "model.text.length",
+    "model.activation",
+    "model.layer_norm_epsilon",
+    "model.mixer_temperature",
+    "model.patch_dropout",
+)
+"""What decides which samples a step sees and what it computes: a run cannot go on with any of these changed. (What
+changes the parameters' shapes is told by the checkpoint itself.)"""
+
+FREE_FIELDS = (
+    "data.path",
+    "data.workers",
+    "data.threads",
+    "data.prefetch_batches",
+    "data.label_field",
+    "data.folder.eval_exclude",
+)
+"""Exceptions: how fast data arrives, where it lies (its fingerprint is compared), and what is evaluated."""
 
 
 def prepare(workdir: Path, config: Config) -> None:
     """Creates the run directory or checks that this configuration may go on with the run in it.
 
     Raises:
-        ConfigError: the directory cannot be written, or holds a run with another sample order.
+        ConfigError: the directory cannot be written, or holds a run that differs in FIXED_FIELDS.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -35,12 +59,12 @@ def prepare(workdir: Path, config: Config) -> None:
         lines = [
             line
             for line in differences(read_config(workdir), config)
-            if any(line.startswith((f"{name}.", f"{name}:")) for name in SAMPLE_ORDER_FIELDS)
+            if _within(line, FIXED_FIELDS) and not _within(line, FREE_FIELDS)
         ]
         if lines:
             raise ConfigError(
-                f"--workdir: {workdir} holds a run that cannot go on with another data order; use a new directory, or "
-                "set back:\n" + "\n".join(f"  {line}" for line in lines)
+                f"--workdir: {workdir} holds a run that cannot go on with another configuration of its data or its "
+                "computation; use a new directory, or set back:\n" + "\n".join(f"  {line}" for line in lines)
             )
 
 
@@ -59,10 +83,21 @@ def read_config(workdir: Path) -> Config:
     path = workdir / "config.json"
     try:
         return resolve(json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"--workdir: no run in {workdir} (no config.json)") from None
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def drop_later_evaluations(workdir: Path, step: int) -> None:
+    """Removes evaluations of later steps than the one a run goes on from: it may reach them with other parameters."""
+    for path in (workdir / "eval").glob("*.json"):
+        if path.stem.isdigit() and int(path.stem) > step:
+            path.unlink()
+
+
+def _within(difference: str, fields: tuple[str, ...]) -> bool:
+    return any(difference.startswith((f"{name}.", f"{name}:")) for name in fields)
 
 
 def parameter_table(state: TrainState) -> str:

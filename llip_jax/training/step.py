@@ -30,7 +30,8 @@ def stream_key(seed: int, stream: str, step: Int[Array, ""]) -> Key[Array, ""]:
 def make_train_step(config: Config, spec: StateSpec, optimizer: optax.GradientTransformation) -> TrainStep:
     """``train_step(state, batch) -> (state, metrics)``, not yet compiled.
 
-    Metrics are those of the parameters before the update; ``finite`` is 0 once loss or gradient is not finite.
+    Metrics are those of the parameters before the update; ``finite`` is 0 once loss, gradient or the new parameters
+    are not finite.
     """
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
 
@@ -47,7 +48,7 @@ def make_train_step(config: Config, spec: StateSpec, optimizer: optax.GradientTr
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm),
+            "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.global_norm(params)),
             "learning_rate": schedule(state.step),
             "logit_scale": jnp.exp(state.params["log_scale"]),
             "replaced_samples": batch["replaced"].sum(),
