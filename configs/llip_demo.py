@@ -23,17 +23,17 @@ def get_config(variant: str | None = None) -> ConfigDict:
             "activation": "relu",
             "logit_bias": "prior",
         },
-        "train": {"batch_size": 64, "steps": 600},
+        "train": {"batch_size": 64, "steps": 500},
         "optimizer": {"learning_rate": 1.5e-3, "warmup_steps": 50, "weight_decay": 0.05, "beta2": 0.95},
         "data": {
             "source": "toyworld",
-            "label_field": "class_name",
+            "label_field": "scene_name",
             "toyworld": {"aspects": (2, 6), "eval_size": 500},
             # Cropping would blur the textures, which are one pixel fine.
             "augment": {"crop_scale": (1.0, 1.0)},
             "tokenizer": {"name": "trained", "vocabulary_size": 512},
         },
-        "checkpoint": {"every_steps": 200},
-        "eval": {"every_steps": 200, "templates": ("a {}", "{}")},
+        "checkpoint": {"every_steps": 250},
+        "eval": {"every_steps": 250, "templates": ("a {}", "{}")},
     }
     return with_variant(config, variant)

@@ -73,4 +73,6 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, spec: St
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         return TrainState(jnp.int32(0), params, optimizer.init(params))
 
-    return jax.jit(init, out_shardings=spec.shardings)()
+    # Runs once: on a CPU, optimising the random generators takes seconds and saves nothing.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(init, out_shardings=spec.shardings, compiler_options=options)()
