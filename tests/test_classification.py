@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
-from llip_jax.config import ConfigError
-from llip_jax.evaluation.classes import DEFAULT_TEMPLATES, ClassSpec
+from llip_jax.config import ConfigError, EvalConfig
+from llip_jax.evaluation.classes import ClassSpec
 from llip_jax.evaluation.classification import accuracy
 
 
@@ -66,8 +66,8 @@ def test_class_spec_from_names() -> None:
     spec = ClassSpec.from_names(["cat", "dog {x}"], ["a {}.", "{} and {}, {y}"])
     assert spec.names == ("cat", "dog {x}")
     assert spec.texts == (("a cat.", "cat and cat, {y}"), ("a dog {x}.", "dog {x} and dog {x}, {y}"))
-    default = ClassSpec.from_names(["cat"])
-    assert len(default.texts[0]) == len(DEFAULT_TEMPLATES)
+    default = ClassSpec.from_names(["cat"], EvalConfig().templates)
+    assert len(default.texts[0]) == len(EvalConfig().templates)
     assert all("cat" in text for text in default.texts[0])
 
 
