@@ -241,6 +241,6 @@ def test_objective_is_the_weighted_sum_of_its_terms() -> None:
     assert all(relative_error(values[name], expected[name]) < TOLERANCE for name in expected)
     total = sum(term.weight * expected[f"loss/{name}"] for name, term in terms.items())
     assert relative_error(loss, total) < TOLERANCE
-    loss, values = objective(ObjectiveConfig(softmax=terms["softmax"]), forward)
+    loss, values = objective(ObjectiveConfig(sigmoid=None, softmax=terms["softmax"]), forward)
     assert relative_error(loss, 2 * expected["loss/softmax"]) < TOLERANCE
     assert values == {}
