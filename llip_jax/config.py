@@ -116,6 +116,20 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
+class PairScoresConfig:
+    """How every image is compared with every text of the batch. Only rounding depends on it."""
+
+    implementation: Literal["streamed", "kernel", "dense"] = "streamed"
+    """Block by block; the same with a Pallas kernel for each block (TPU, mixer only); or all pairs at once."""
+    exchange: Literal["ring", "gather"] = "ring"
+    """Over several devices: texts pass around a ring of devices, or every device gathers all of them."""
+    image_block: int | None = Field(default=None, ge=1)
+    """Images of a block on a device; None chooses by shapes and memory."""
+    text_block: int | None = Field(default=None, ge=1)
+    """Texts of a block on a device; None chooses by shapes and memory."""
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
 class TrainConfig:
     """Length and batch of the run."""
 
@@ -262,6 +276,8 @@ class EvalConfig:
     """Images, or texts, of one evaluation block over all devices."""
     templates: tuple[str, ...] = ("a picture of a {}.", "an image showing a {}.", "a {} seen up close.", "one {}.")
     """Prompts of zero-shot classification; each ``{}`` becomes the class name."""
+    shortlist: int | None = Field(default=None, ge=1)
+    """Report two-stage retrieval too, with shortlists of so many (evaluation/two_stage.py); None: exact only."""
 
     @field_validator("templates")
     @classmethod
@@ -294,6 +310,7 @@ class Config:
     seed: int = Field(default=0, ge=0, lt=2**31)
     model: ModelConfig = Field(default_factory=ModelConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    pair_scores: PairScoresConfig = Field(default_factory=PairScoresConfig)
     train: TrainConfig = Field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     data: DataConfig = Field(default_factory=DataConfig)

@@ -3,7 +3,8 @@
 Errors are the largest difference as a fraction of a tensor's largest magnitude.
 """
 
-from typing import NamedTuple, get_args
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +15,37 @@ from jaxtyping import Array, Float, Int
 from numpy_reference import DuplicateRule
 from oracles import import_open_clip, relative_error
 
-from llip_jax.config import ObjectiveConfig, PairLossConfig
-from llip_jax.objectives.losses import sigmoid_loss, softmax_loss
+from llip_jax.config import ObjectiveConfig, PairLossConfig, PairScoresConfig
+from llip_jax.objectives.losses import SigmoidLoss, SoftmaxLoss, Targets
 from llip_jax.objectives.objective import Forward, objective
-from llip_jax.objectives.pairs import PairTargets, pair_targets
-from llip_jax.ops.pair_scores import normalize
+from llip_jax.objectives.pairs import PairTargets, pair_ids, pair_targets
+from llip_jax.ops.pair_loss import PairLoss
+from llip_jax.ops.pair_scores import Affine, FixedSide, ImageSide, TextSide, cosines, normalize
 
 TOLERANCE = 1e-5
 
+Loss = Callable[[Float[Array, "N J"], PairTargets], Float[Array, ""]]
+
+
+def of_matrix(loss: Callable[[Targets], PairLoss]) -> Loss:
+    """A loss as a function of all logits at once and of what the pairs are."""
+
+    def value(logits: Float[Array, "N J"], pairs: PairTargets) -> Float[Array, ""]:
+        terms = loss(lambda image_ids, text_ids: pairs)
+        return terms.value(terms.statistics(logits, None, None, jnp.ones(logits.shape, bool)))
+
+    return value
+
+
 LOSSES = {
-    "sigmoid": (sigmoid_loss, reference.sigmoid_loss, reference.sigmoid_loss_gradient),
-    "softmax": (softmax_loss, reference.softmax_loss, reference.softmax_loss_gradient),
+    "sigmoid": (of_matrix(SigmoidLoss), reference.sigmoid_loss, reference.sigmoid_loss_gradient),
+    "softmax": (of_matrix(SoftmaxLoss), reference.softmax_loss, reference.softmax_loss_gradient),
 }
 DUPLICATES = get_args(DuplicateRule)
 
 
 class Groups(NamedTuple):
-    """Arguments of pair_targets."""
+    """Arguments of pair_ids."""
 
     image: Int[np.ndarray, "N"]
     text: Int[np.ndarray, "N C"]
@@ -47,7 +62,11 @@ def random_groups(seed: int, n: int, slots: int) -> Groups:
 
 
 def random_pairs(seed: int, n: int, slots: int, duplicates: DuplicateRule) -> PairTargets:
-    return pair_targets(*map(jnp.asarray, random_groups(seed, n, slots)), duplicates)
+    return targets_of(random_groups(seed, n, slots), duplicates)
+
+
+def targets_of(groups: Groups, duplicates: DuplicateRule) -> PairTargets:
+    return pair_targets(*pair_ids(*map(jnp.asarray, groups)), duplicates)
 
 
 def random_logits(seed: int, n: int, slots: int) -> Float[np.ndarray, "N J"]:
@@ -57,7 +76,7 @@ def random_logits(seed: int, n: int, slots: int) -> Float[np.ndarray, "N J"]:
 def no_duplicates(n: int) -> PairTargets:
     """The identity: one caption an image, all different."""
     groups = Groups(np.arange(n), np.arange(n)[:, None], np.ones((n, 1), np.float32))
-    return pair_targets(*map(jnp.asarray, groups), "ignore")
+    return targets_of(groups, "ignore")
 
 
 @pytest.mark.parametrize("duplicates", DUPLICATES)
@@ -67,7 +86,7 @@ def test_pair_targets_equal_the_reference(slots: int, duplicates: DuplicateRule)
     for seed in range(5):
         groups = random_groups(seed, 6, slots)
         expected = reference.pair_targets(*groups, duplicates)
-        for ours, array in zip(pair_targets(*map(jnp.asarray, groups), duplicates), expected, strict=True):
+        for ours, array in zip(targets_of(groups, duplicates), expected, strict=True):
             np.testing.assert_array_equal(ours, array)
         plain = reference.pair_targets(*groups, "negative")
         collisions += np.sum((expected[0] != plain[0]) | (expected[2] != plain[2]))
@@ -86,7 +105,7 @@ def test_pair_targets_equal_the_reference(slots: int, duplicates: DuplicateRule)
 def test_pair_targets_by_hand(duplicates: DuplicateRule, target: list[list[int]], mask: list[list[int]]) -> None:
     """Two pictures share caption 5; caption 6 is in an empty slot of the second, so it is not that image's caption."""
     groups = Groups(np.array([0, 1]), np.array([[5, 6], [5, 6]]), np.array([[0.5, 0.5], [1, 0]]))
-    pairs = pair_targets(*map(jnp.asarray, groups), duplicates)
+    pairs = targets_of(groups, duplicates)
     np.testing.assert_array_equal(pairs.target * pairs.mask, target)
     np.testing.assert_array_equal(pairs.mask, mask)
     np.testing.assert_array_equal(pairs.weight, [[0.5, 0.5, 1, 0]] * 2)
@@ -179,8 +198,8 @@ def test_the_order_of_samples_and_slots_does_not_matter(name: str, duplicates: D
     samples, order = rng.permutation(n), rng.permutation(slots)
     permuted_groups = Groups(groups.image[samples], *(x[samples][:, order] for x in groups[1:]))
     permuted = logits.reshape(n, n, slots)[samples][:, samples][:, :, order].reshape(n, -1)
-    before = loss(logits, pair_targets(*map(jnp.asarray, groups), duplicates))
-    after = loss(permuted, pair_targets(*map(jnp.asarray, permuted_groups), duplicates))
+    before = loss(logits, targets_of(groups, duplicates))
+    after = loss(permuted, targets_of(permuted_groups, duplicates))
     assert relative_error(after, before) < 1e-6
 
 
@@ -194,28 +213,32 @@ def test_repeating_every_caption_at_half_weight_changes_nothing(name: str) -> No
     n = 5
     logits = random_logits(11, n, 1)
     groups = Groups(np.arange(n), np.repeat(np.arange(n)[:, None], 2, axis=1), np.full((n, 2), 0.5, np.float32))
-    twice = loss(np.repeat(logits, 2, axis=1), pair_targets(*map(jnp.asarray, groups), "ignore"))
+    twice = loss(np.repeat(logits, 2, axis=1), targets_of(groups, "ignore"))
     expected = loss(logits, no_duplicates(n)) + (0.5 * np.log(2) if name == "softmax" else 0)
     assert relative_error(twice, expected) < 1e-6
 
 
 class FeatureModel:
-    """Stands in for the dual encoder: images and texts come as features, logits are their products."""
+    """Stands in for the dual encoder: images and texts come as features."""
 
     def encode_images(self, images: Float[Array, "N d"], dropout_key: None) -> Float[Array, "N d"]:
         return images
 
-    def image_side(self, output: Float[Array, "N d"]) -> Float[Array, "N d"]:
-        return output
+    def image_side(self, output: Float[Array, "N d"]) -> FixedSide:
+        return FixedSide(output)
 
-    def text_side(self, tokens: Float[Array, "J d"], mask: Int[Array, "J d"]) -> Float[Array, "J d"]:
-        return tokens * mask
+    def text_side(self, tokens: Float[Array, "J d"], mask: Int[Array, "J d"]) -> TextSide:
+        return TextSide(tokens * mask)
 
-    def logits(self, images: Float[Array, "N d"], texts: Float[Array, "J d"]) -> Float[Array, "N J"]:
-        return images @ texts.T
+    def affine(self) -> Affine:
+        return Affine(jnp.float32(3.0), jnp.float32(-1.0))
+
+    def logits(self, images: ImageSide, texts: TextSide) -> Float[Array, "N J"]:
+        return 3.0 * cosines(images, texts) - 1.0
 
 
-def test_objective_is_the_weighted_sum_of_its_terms() -> None:
+@pytest.mark.parametrize("implementation", ["dense", "streamed"])
+def test_objective_is_the_weighted_sum_of_its_terms(implementation: Literal["dense", "streamed"]) -> None:
     """Captions are laid out image by image; each term has its own rule for duplicates and is reported unweighted."""
     n, slots, d = 5, 2, 4
     rng, groups = np.random.default_rng(12), random_groups(13, n, slots)
@@ -229,9 +252,13 @@ def test_objective_is_the_weighted_sum_of_its_terms() -> None:
         "text_group": groups.text,
         "caption_weight": groups.weight,
     }
-    forward = Forward(FeatureModel(), jax.tree.map(jnp.asarray, batch))  # type: ignore[arg-type]
+    settings = PairScoresConfig(implementation=implementation)
+    forward = Forward(FeatureModel(), jax.tree.map(jnp.asarray, batch), pair_scores=settings)  # type: ignore[arg-type]
     terms = {"sigmoid": PairLossConfig(weight=0.3), "softmax": PairLossConfig(weight=2.0, duplicates="positive")}
-    logits = np.einsum("id,jcd->ijc", images, texts * mask).reshape(n, n * slots)
+    unit_images, unit_texts = (
+        x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (images, texts * mask)
+    )
+    logits = 3 * np.einsum("id,jcd->ijc", unit_images, unit_texts).reshape(n, n * slots) - 1
     expected = {
         f"loss/{name}": LOSSES[name][1](logits, *reference.pair_targets(*groups, term.duplicates))
         for name, term in terms.items()

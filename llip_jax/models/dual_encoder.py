@@ -13,7 +13,7 @@ from llip_jax.models.pooling import POOLERS, Pooler, token_count
 from llip_jax.models.sizes import model_shape
 from llip_jax.models.text import TextTower
 from llip_jax.models.vision import TowerOutput, VisionTower
-from llip_jax.ops.pair_scores import ImageSide, TextSide, cosines
+from llip_jax.ops.pair_scores import Affine, ImageSide, TextSide, cosines
 from llip_jax.parallel.sharding import constrain
 
 MAX_LOG_SCALE = math.log(100.0)
@@ -56,13 +56,15 @@ class DualEncoder(nnx.Module):
         return self.pooler.unconditioned(output)
 
     def logits(self, images: ImageSide, texts: TextSide) -> Float[Array, "N J"]:
-        """a * cosine + b of every image with every text, float32."""
+        """a * cosine + b of every image with every text, float32, all at once."""
         # Images stay where they are; the texts, d numbers each, are gathered.
         texts = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), texts)
-        scores = jnp.exp(self.log_scale[...]) * cosines(images, texts)
-        if self.bias is not None:
-            scores = scores + self.bias[...]
-        return constrain(scores, "batch", None)
+        scale, bias = self.affine()
+        return constrain(scale * cosines(images, texts) + bias, "batch", None)
+
+    def affine(self) -> Affine:
+        """a and b."""
+        return Affine(jnp.exp(self.log_scale[...]), jnp.float32(0) if self.bias is None else self.bias[...])
 
 
 def initial_bias(setting: float | str | None, batch_size: int) -> float | None:

@@ -1,18 +1,22 @@
 """A run's objective: a weighted list of terms over what one forward pass offers them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from llip_jax.config import ObjectiveConfig, PairLossConfig
+from llip_jax.config import ObjectiveConfig, PairLossConfig, PairScoresConfig
 from llip_jax.models.dual_encoder import DualEncoder
 from llip_jax.models.vision import TowerOutput
-from llip_jax.objectives.losses import sigmoid_loss, softmax_loss
-from llip_jax.objectives.pairs import PairTargets, pair_targets
+from llip_jax.objectives.losses import SigmoidLoss, SoftmaxLoss, Targets, Together
+from llip_jax.objectives.pairs import pair_ids, pair_targets
+from llip_jax.ops.pair_blocks import prepare
+from llip_jax.ops.pair_loss import PairLoss, Statistics, pair_loss
 from llip_jax.ops.pair_scores import TextSide
+from llip_jax.ops.plan import make_plan
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,9 @@ class Forward:
     model: DualEncoder
     batch: Mapping[str, Array]
     dropout_key: Key[Array, ""] | None = None
+    pair_scores: PairScoresConfig = field(default_factory=PairScoresConfig)
+    ring: tuple[int, ...] | None = None
+    """Order in which the pair scores' texts visit the devices of the mesh, see ops.plan."""
 
     @cached_property
     def images(self) -> TowerOutput:
@@ -40,25 +47,39 @@ class Forward:
 
     @cached_property
     def logits(self) -> Float[Array, "N J"]:
-        """Every image against every caption slot."""
+        """Every image against every caption slot, all at once."""
         return self.model.logits(self.model.image_side(self.images), self.texts)
 
-    def pairs(self, config: PairLossConfig) -> PairTargets:
-        """Which of the pairs match."""
+    def pair_loss(self, loss: PairLoss) -> tuple[Float[Array, ""], Statistics]:
+        """A loss over all images and caption slots, in the way that ``pair_scores`` says."""
         b = self.batch
-        return pair_targets(b["image_group"], b["text_group"], b["caption_weight"], config.duplicates)
+        image_ids, text_ids = pair_ids(b["image_group"], b["text_group"], b["caption_weight"])
+        if self.pair_scores.implementation == "dense":
+            statistics = loss.statistics(self.logits, image_ids, text_ids, jnp.ones(self.logits.shape, bool))
+            return loss.value(statistics), statistics
+        prepared = prepare(self.model.image_side(self.images), self.texts)
+        plan = make_plan(prepared, self.pair_scores, self.ring)
+        return pair_loss(loss, prepared, self.model.affine(), image_ids, text_ids, plan)
 
 
-Term = Callable[[Forward, PairLossConfig], Float[Array, ""]]
-
-TERMS: dict[str, Term] = {
-    "sigmoid": lambda forward, config: sigmoid_loss(forward.logits, forward.pairs(config)),
-    "softmax": lambda forward, config: softmax_loss(forward.logits, forward.pairs(config)),
-}
+PAIR_TERMS: dict[str, Callable[[Targets], PairLoss]] = {"sigmoid": SigmoidLoss, "softmax": SoftmaxLoss}
 
 
 def objective(config: ObjectiveConfig, forward: Forward) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """Weighted sum of the terms, and each term by name (as ``loss/NAME``) when there are several."""
-    values = {name: TERMS[name](forward, term) for name, term in config.terms().items()}
-    loss = sum((term.weight * values[name] for name, term in config.terms().items()), start=jax.numpy.float32(0))
-    return loss, {f"loss/{name}": value for name, value in values.items()} if len(values) > 1 else {}
+    """Weighted sum of the terms, and each term by name (as ``loss/NAME``) when there are several.
+
+    Terms over pairs share one sweep over the pairs.
+    """
+    terms = config.terms()
+    together = Together(
+        {name: PAIR_TERMS[name](_targets(term)) for name, term in terms.items()},
+        {name: term.weight for name, term in terms.items()},
+    )
+    loss, statistics = forward.pair_loss(together)
+    if len(terms) == 1:
+        return loss, {}
+    return loss, {f"loss/{name}": jax.lax.stop_gradient(x) for name, x in together.values(statistics).items()}
+
+
+def _targets(term: PairLossConfig) -> Targets:
+    return partial(pair_targets, duplicates=term.duplicates)

@@ -8,47 +8,71 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+Duplicates = Literal["ignore", "positive", "negative"]
+
 
 class PairTargets(NamedTuple):
-    """For image i and text j: target (1: they match), weight of the text, mask (0: the pair does not count)."""
+    """For image i and text j: target (1: they match; may lie between), weight of the text, mask (0: does not count)."""
 
     target: Float[Array, "N J"]
     weight: Float[Array, "N J"]
     mask: Float[Array, "N J"]
 
 
-def pair_targets(
-    image_group: Int[Array, "N"],
-    text_group: Int[Array, "N C"],
-    caption_weight: Float[Array, "N C"],
-    duplicates: Literal["ignore", "positive", "negative"],
-) -> PairTargets:
-    """Targets for N images against their J = N*C caption slots, image by image.
+class ImageIds(NamedTuple):
+    """Of images: place in the batch, which picture, which captions, and which of the caption slots are filled."""
 
-    A caption matches its own image. With another image it is a duplicate when the two images are the same picture
-    (equal image_group) or that image has the same caption (equal text_group in a filled slot); ``duplicates`` says
-    what becomes of those pairs. Empty slots (caption_weight 0) count nowhere.
+    place: Int[Array, "N"]
+    picture: Int[Array, "N"]
+    captions: Int[Array, "N C"]
+    filled: Bool[Array, "N C"]
+
+
+class TextIds(NamedTuple):
+    """Of caption slots: the image's place in the batch, its picture, which caption, and its weight (0: empty slot)."""
+
+    place: Int[Array, "J"]
+    picture: Int[Array, "J"]
+    caption: Int[Array, "J"]
+    weight: Float[Array, "J"]
+
+
+def pair_ids(
+    image_group: Int[Array, "N"], text_group: Int[Array, "N C"], caption_weight: Float[Array, "N C"]
+) -> tuple[ImageIds, TextIds]:
+    """Of N images and their J = N*C caption slots, image by image.
+
+    ``image_group`` is equal for the same picture, ``text_group`` for the same caption (data.records.Batch).
     """
     n, slots = text_group.shape
-    filled = caption_weight > 0
-    owner = jnp.repeat(jnp.arange(n), slots)
-    own = owner[None, :] == jnp.arange(n)[:, None]
-    duplicate = ~own & (
-        (image_group[:, None] == image_group[owner][None, :]) | _has_caption(text_group, filled, text_group.reshape(-1))
+    place = jnp.arange(n)
+    images = ImageIds(place, image_group, text_group, caption_weight > 0)
+    texts = TextIds(
+        jnp.repeat(place, slots), jnp.repeat(image_group, slots), text_group.reshape(-1), caption_weight.reshape(-1)
     )
-    counts = jnp.broadcast_to(filled.reshape(1, -1), own.shape)
+    return images, texts
+
+
+def pair_targets(images: ImageIds, texts: TextIds, duplicates: Duplicates) -> PairTargets:
+    """Targets for some images and some caption slots of a batch.
+
+    A caption matches its own image. With another image it is a duplicate when the two images are the same picture or
+    that image has the same caption in a filled slot; ``duplicates`` says what becomes of those pairs: masked (ignore),
+    taught as matches, or left as negatives. Empty slots count nowhere.
+    """
+    own = images.place[:, None] == texts.place
+    duplicate = ~own & ((images.picture[:, None] == texts.picture) | _has_caption(images, texts.caption))
+    counts = jnp.broadcast_to(texts.weight > 0, own.shape)
     if duplicates == "ignore":
         counts = counts & ~duplicate
     matches = own | duplicate if duplicates == "positive" else own
-    weight = jnp.broadcast_to(caption_weight.reshape(1, -1), own.shape)
+    weight = jnp.broadcast_to(texts.weight, own.shape)
     return PairTargets(matches.astype(jnp.float32), weight.astype(jnp.float32), counts.astype(jnp.float32))
 
 
-def _has_caption(
-    text_group: Int[Array, "N C"], filled: Bool[Array, "N C"], wanted: Int[Array, "J"]
-) -> Bool[Array, "N J"]:
+def _has_caption(images: ImageIds, wanted: Int[Array, "J"]) -> Bool[Array, "N J"]:
     """Whether one of the image's filled slots holds the wanted caption; one slot at a time, never N x J x C."""
-    found = jnp.zeros((text_group.shape[0], wanted.shape[0]), bool)
-    for slot in range(text_group.shape[1]):
-        found |= (text_group[:, slot, None] == wanted[None, :]) & filled[:, slot, None]
+    found = jnp.zeros((len(images.place), len(wanted)), bool)
+    for slot in range(images.captions.shape[1]):
+        found |= (images.captions[:, slot, None] == wanted) & images.filled[:, slot, None]
     return found

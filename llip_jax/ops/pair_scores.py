@@ -1,7 +1,7 @@
 """Cosines between every image and every text, the image mixed by the text it is compared with.
 
-The contract for every implementation: projected sides in, cosines [N, J] out. This one is dense and meant to be
-read; its peak memory is several arrays of N x J x d and N x J x M x K.
+Dense: all pairs at once, meant to be read and compared with; its peak memory is several arrays of N x J x d and
+N x J x M x K. ops/pair_blocks.py computes the same block by block.
 """
 
 from typing import NamedTuple
@@ -34,6 +34,13 @@ class TextSide(NamedTuple):
 
 
 ImageSide = MixtureSide | FixedSide
+
+
+class Affine(NamedTuple):
+    """From cosines to logits: scale * cosine + bias."""
+
+    scale: Float[Array, ""]
+    bias: Float[Array, ""]
 
 
 def normalize(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:

@@ -7,6 +7,7 @@ import jax
 from llip_jax.config import Config
 from llip_jax.models.pooling import token_count
 from llip_jax.models.sizes import TowerShape, model_shape
+from llip_jax.ops.pair_blocks import mixture_multiply_adds
 
 PEAK_BF16_FLOPS = {
     "TPU v4": 275e12,
@@ -25,7 +26,10 @@ PEAK_BF16_FLOPS = {
 
 
 def train_step_flops(config: Config) -> float:
-    """Model FLOPs of one step: 3 x the forward pass (recomputation is not work the model asked for)."""
+    """Model FLOPs of one step: 3 x the forward pass (recomputation is not work the model asked for).
+
+    Pair scores are counted as they are computed block by block, which takes less than 3 x their forward pass.
+    """
     shape = model_shape(config.model)
     d, images = shape.embed_dim, config.train.batch_size
     texts = images * config.data.captions.slots
@@ -35,11 +39,12 @@ def train_step_flops(config: Config) -> float:
     text = _tower(shape.text, config.model.text.length)
     if config.model.pooler == "mixer":
         projections = images * 4 * tokens * shape.vision.width * d + texts * 4 * shape.text.width * d
-        pairs = 4 * tokens * d + 2 * d * d + 2 * d
+        heads = config.model.mixer_heads
+        pairs = 2 * mixture_multiply_adds(texts, tokens, heads, d // heads)
     else:
         projections = images * 2 * tokens * shape.vision.width * d + texts * 2 * shape.text.width * d
-        pairs = 2 * d
-    return 3.0 * (images * vision + texts * text + projections + images * texts * pairs)
+        pairs = 6.0 * texts * d
+    return 3.0 * (images * vision + texts * text + projections) + images * pairs
 
 
 def _tower(shape: TowerShape, tokens: int) -> float:

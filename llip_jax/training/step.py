@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from llip_jax.config import Config
 from llip_jax.objectives.objective import Forward, objective
+from llip_jax.parallel.mesh import neighbour_ring
 from llip_jax.training.optimizer import clamp_logit_scale, learning_rate_schedule
 from llip_jax.training.state import StateSpec, TrainState
 
@@ -34,12 +35,14 @@ def make_train_step(config: Config, spec: StateSpec, optimizer: optax.GradientTr
     are not finite.
     """
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
+    ring = neighbour_ring(jax.tree.leaves(spec.shardings)[0].mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         dropout_key = stream_key(config.seed, "patch_dropout", state.step)
 
         def loss_fn(params: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-            return objective(config.objective, Forward(nnx.merge(spec.graph, params), batch, dropout_key))
+            model = nnx.merge(spec.graph, params)
+            return objective(config.objective, Forward(model, batch, dropout_key, config.pair_scores, ring))
 
         (loss, terms), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
