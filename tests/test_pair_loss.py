@@ -4,8 +4,10 @@ Errors are the largest difference as a fraction of a tensor's largest magnitude.
 """
 
 import contextlib
+import dataclasses
 import functools
 import itertools
+import json
 import math
 import os
 import re
@@ -23,7 +25,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from oracles import above, fast_to_compile, relative_error, tree_errors
-from run_helpers import ROOT, call_on_devices
+from run_helpers import ROOT, call_on_devices, run, tiny_config
 
 from llip_jax.config import ConfigError, MeshConfig, PairScoresConfig
 from llip_jax.objectives.losses import SigmoidLoss, SoftmaxLoss, Together
@@ -31,12 +33,14 @@ from llip_jax.objectives.pairs import PairTargets, pair_ids, pair_targets
 from llip_jax.ops import pair_blocks
 from llip_jax.ops import plan as pair_plan
 from llip_jax.ops.pair_blocks import GramScorer, MetricScorer, prepare
+from llip_jax.ops.pair_kernel import with_kernel
 from llip_jax.ops.pair_loss import PairLoss, pair_loss
 from llip_jax.ops.pair_scores import Affine, FixedSide, ImageSide, MixtureSide, TextSide, cosines
 from llip_jax.ops.plan import even, make_plan
 from llip_jax.ops.sweep import BlockSizes, Plan
 from llip_jax.parallel.mesh import make_mesh, neighbour_ring
 from llip_jax.parallel.sharding import batch_sharding
+from llip_jax.training.loop import check
 
 TOLERANCE = 1e-5
 BFLOAT16_TOLERANCE = 2e-2
@@ -498,3 +502,62 @@ def test_the_ring_visits_neighbours_and_closes(width: int, height: int) -> None:
 
 def test_devices_without_a_place_have_no_ring_of_their_own() -> None:
     assert neighbour_ring(make_mesh(MeshConfig(data=1), jax.devices()[:1])) is None
+
+
+def tpu_lines(*options: str) -> list[dict[str, Any]]:
+    """What the TPU compiler says (benchmarks/pair_scores_tpu.py)."""
+    pytest.importorskip("libtpu", reason="the TPU compiler comes with libtpu: pip install libtpu")
+    # Compiling needs no TPU, so nothing is shared with another process that has libtpu loaded.
+    environment = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = run(["benchmarks/pair_scores_tpu.py", *options], keep_compilations=False, environment=environment)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["streamed", "kernel"])
+def test_a_pod_of_256_chips_needs_little_memory_and_moves_only_texts(implementation: str) -> None:
+    """Batch 32,768 on v5e; measured 17 MiB (B/16) and 515 MiB (G/14), with the kernel 9 and 551."""
+    lines = tpu_lines("--topology", "v5e:16x16", "--sizes", "B/16", "G/14", "--implementation", implementation)
+    for line, width in zip(lines, (512, 1280), strict=True):
+        assert line["temporaries_mib"] <= 1024
+        # The gradient of S or Wo is summed over all chips.
+        assert set(line["collectives"]) == {"collective-permute", "all-reduce"}
+        assert line["collectives"]["all-reduce"]["largest"] == width**2
+        permutes = line["collectives"]["collective-permute"]
+        assert permutes["largest"] == 32_768 // 256 * width
+        assert permutes["asynchronous"] == permutes["count"]
+
+
+@pytest.mark.parametrize("shape", [Shape(5, 1, 3, 2, 8), Shape(4, 2, 9, 4, 3)])
+def test_the_kernel_gives_the_loss_of_the_dense_form(shape: Shape) -> None:
+    """Interpreted; tests/test_pair_kernel.py compares the kernels themselves."""
+    x, ids = mixture_inputs(19, shape), random_ids(20, shape.n, shape.c)
+
+    def with_interpreted_kernel(loss: PairLoss, x: Inputs, ids: tuple[Any, Any]) -> Float[Array, ""]:
+        prepared = with_kernel(prepare(*sides(x)))
+        prepared = prepared._replace(scorer=dataclasses.replace(prepared.scorer, interpret=True))
+        return pair_loss(loss, prepared, x.affine, *ids, Plan(BlockSizes(2, 3)))[0]
+
+    value, gradient = loss_and_gradient(with_interpreted_kernel, LOSSES["sigmoid"], x, ids)
+    expected = loss_and_gradient(dense, LOSSES["sigmoid"], x, ids)
+    assert relative_error(value, expected[0]) < TOLERANCE
+    assert above(tree_errors(gradient, expected[1]), TOLERANCE) == {}
+
+
+def test_fixed_images_have_no_kernel() -> None:
+    with pytest.raises(ValueError, match="images that texts mix, got FixedScorer"):
+        with_kernel(prepare(*sides(fixed_inputs(21, SHAPES[0]))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"implementation": "kernel"}, "pair_scores.implementation='kernel' needs TPUs, the devices are cpu"),
+        ({"image_block": 17}, "pair_scores.image_block=17 is more than the 16 images"),
+        ({"implementation": "kernels"}, "pair_scores.implementation: 'kernels' is not valid"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_training(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(tiny_config(pair_scores=settings))

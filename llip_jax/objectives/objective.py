@@ -14,6 +14,7 @@ from llip_jax.models.vision import TowerOutput
 from llip_jax.objectives.losses import SigmoidLoss, SoftmaxLoss, Targets, Together
 from llip_jax.objectives.pairs import pair_ids, pair_targets
 from llip_jax.ops.pair_blocks import prepare
+from llip_jax.ops.pair_kernel import with_kernel
 from llip_jax.ops.pair_loss import PairLoss, Statistics, pair_loss
 from llip_jax.ops.pair_scores import TextSide
 from llip_jax.ops.plan import make_plan
@@ -58,6 +59,8 @@ class Forward:
             statistics = loss.statistics(self.logits, image_ids, text_ids, jnp.ones(self.logits.shape, bool))
             return loss.value(statistics), statistics
         prepared = prepare(self.model.image_side(self.images), self.texts)
+        if self.pair_scores.implementation == "kernel":
+            prepared = with_kernel(prepared)
         plan = make_plan(prepared, self.pair_scores, self.ring)
         return pair_loss(loss, prepared, self.model.affine(), image_ids, text_ids, plan)
 

@@ -10,6 +10,7 @@ the forward pass and twice that in the backward pass. Here, with u the mixed val
   projected value vectors, (M K)^2 for a pair.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -71,6 +72,7 @@ class Prepared(NamedTuple):
     shared: Tree
 
 
+@dataclass(frozen=True)
 class FixedScorer:
     """Plain products of normalised vectors, in full float32: the logit scale multiplies what would be rounded away."""
 
@@ -112,7 +114,8 @@ class _Norm(NamedTuple):
     reciprocal: Float[Array, "n j"]
 
 
-class MetricScorer(NamedTuple):
+@dataclass(frozen=True)
+class MetricScorer:
     """Mixture scores with the norm by S = Wo Wo^T [d, d]."""
 
     temperature: float
@@ -152,7 +155,8 @@ class MetricScorer(NamedTuple):
         return 4 * m * (3 * dh + 4 * k)
 
 
-class GramScorer(NamedTuple):
+@dataclass(frozen=True)
+class GramScorer:
     """Mixture scores with the norm by each image's Gram matrix [M K, M K]."""
 
     temperature: float

@@ -1,6 +1,7 @@
 """In which blocks, and over which devices, the pairs of a batch are gone through."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 
@@ -28,24 +29,45 @@ def make_plan(prepared: Prepared, settings: PairScoresConfig, ring: tuple[int, .
         ConfigError: a block of the settings is larger than what a device has.
     """
     images, texts = rows(prepared.images), rows(prepared.texts)
-    axes, devices = _axes(images, texts)
-    own_images, own_texts = images // devices, texts // devices
-    at_hand = own_texts if settings.exchange == "ring" else texts
+    mesh = jax.sharding.get_abstract_mesh()
+    axes, images, texts = at_hand(settings, images, texts, {} if mesh.empty else mesh.shape)
+    width = settings.text_block or even(texts, _TEXTS)
+    bytes_of_an_image = prepared.scorer.bytes_of_a_pair(prepared.images) * width
+    height = settings.image_block or even(images, block_bytes() // bytes_of_an_image)
+    whole_mesh = ring is not None and len(ring) == math.prod(mesh.shape[axis] for axis in axes)
+    return Plan(BlockSizes(height, width), axes, settings.exchange, ring if whole_mesh else None)
+
+
+def at_hand(
+    settings: PairScoresConfig, images: int, texts: int, mesh_shape: Mapping[str, int]
+) -> tuple[tuple[str, ...], int, int]:
+    """The mesh axes that divide images and texts, and how many of both a device has at hand at a time.
+
+    Raises:
+        ConfigError: the batch does not divide over the mesh, or a block of the settings is larger than it can be.
+    """
+    batch = ACTIVATIONS["batch"]
+    assert isinstance(batch, tuple)
+    devices = 1
+    axes: tuple[str, ...] = ()
+    if mesh_shape:
+        for axes in ((*batch, "tensor"), batch):
+            devices = math.prod(mesh_shape[axis] for axis in axes)
+            if images % devices == 0 and texts % devices == 0:
+                break
+        else:
+            raise ConfigError(f"{images} images and {texts} texts do not divide over {devices} devices")
+    images, texts = images // devices, texts // devices if settings.exchange == "ring" else texts
     for name, block, available, what in (
-        ("image_block", settings.image_block, own_images, "images"),
-        ("text_block", settings.text_block, at_hand, "texts"),
+        ("image_block", settings.image_block, images, "images"),
+        ("text_block", settings.text_block, texts, "texts"),
     ):
         if block is not None and block > available:
             raise ConfigError(
                 f"pair_scores.{name}={block} is more than the {available} {what} that a device has at hand; "
                 f"expected 1 to {available}, or None to have it chosen"
             )
-    width = settings.text_block or even(at_hand, _TEXTS)
-    height = settings.image_block or even(
-        own_images, block_bytes() // (prepared.scorer.bytes_of_a_pair(prepared.images) * width)
-    )
-    whole_mesh = ring is not None and len(ring) == devices
-    return Plan(BlockSizes(height, width), axes, settings.exchange, ring if whole_mesh else None)
+    return axes, images, texts
 
 
 def even(total: int, most: int) -> int:
@@ -60,17 +82,3 @@ def block_bytes() -> int:
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     return _BLOCK_BYTES.get(platform, _BLOCK_BYTES_ACCELERATOR)
-
-
-def _axes(images: int, texts: int) -> tuple[tuple[str, ...], int]:
-    """The mesh axes that divide images and texts, and how many devices they are together."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return (), 1
-    batch = ACTIVATIONS["batch"]
-    assert isinstance(batch, tuple)
-    for axes in ((*batch, "tensor"), batch):
-        devices = math.prod(mesh.shape[axis] for axis in axes)
-        if images % devices == 0 and texts % devices == 0:
-            return axes, devices
-    raise ConfigError(f"a batch of {images} images and {texts} texts does not divide over {devices} devices")

@@ -19,6 +19,7 @@ from llip_jax.data.pipeline import build_source, build_tokenizer, train_batches
 from llip_jax.data.records import Batch
 from llip_jax.evaluation.evaluator import Evaluator
 from llip_jax.evaluation.results import summary
+from llip_jax.ops.plan import at_hand
 from llip_jax.parallel.mesh import batch_shards, make_mesh
 from llip_jax.parallel.sharding import batch_sharding
 from llip_jax.training import run_directory
@@ -258,6 +259,21 @@ def _check_batch(config: Config, mesh: Mesh) -> None:
                 f"{name}.batch_size={batch} does not divide over the {shards} devices of mesh.data x mesh.fsdp "
                 f"({batch} = {batch // shards} x {shards} + {batch % shards}); nearest: "
                 f"{batch - batch % shards or shards}"
+            )
+    _check_pair_scores(config, mesh)
+
+
+def _check_pair_scores(config: Config, mesh: Mesh) -> None:
+    settings, batch = config.pair_scores, config.train.batch_size
+    at_hand(settings, batch, batch * config.data.captions.slots, mesh.shape)
+    if settings.implementation == "kernel":
+        platform = mesh.devices.flat[0].platform
+        if platform != "tpu":
+            raise ConfigError(f"pair_scores.implementation='kernel' needs TPUs, the devices are {platform}")
+        if config.model.pooler != "mixer":
+            raise ConfigError(
+                "pair_scores.implementation='kernel' is for images mixed by texts (model.pooler='mixer'), not for "
+                f"model.pooler={config.model.pooler!r}; expected 'streamed'"
             )
 
 
