@@ -188,6 +188,9 @@ def test_files_that_cannot_be_opened_are_left_out_and_counted() -> None:
     rest = [record for index, record in enumerate(world().records) if index not in (0, 7, 18)]
     assert results == evaluate(config_of(8), Records(rest)) | {"unreadable_images": 3}
 
+    with pytest.raises(ConfigError, match="none of the 1 images can be read"):
+        evaluate(config_of(8), Unopenable(world().records[:1]))
+
 
 def test_one_evaluator_serves_many_parameters() -> None:
     config, mesh = config_of(8), make_mesh(MeshConfig())

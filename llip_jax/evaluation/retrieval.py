@@ -32,7 +32,9 @@ def recall_at_k(
     """Recall at k and median rank in both directions.
 
     Args:
-        scores: score of each (image, text) pair, higher for a better match.
+        scores: score of each (image, text) pair, higher for a better match. Minus infinity stands for pairs that were
+            not scored: where a query has others, a positive there is never among the k best; for the median rank they
+            follow all others in random order.
         positives: pairs that match; a query may have several.
         ks: list lengths, each at least 1.
 
@@ -65,6 +67,7 @@ def _one_direction(
     queries, answers = scores.shape
     # For each query: answers above its best positive, answers level with it, and how many of those are positives.
     above, level, level_positives = (np.empty(queries, dtype=np.int64) for _ in range(3))
+    scored = np.empty(queries, dtype=bool)
     step = max(1, _BLOCK_PAIRS // answers)
     for start in range(0, queries, step):
         rows = slice(start, start + step)
@@ -74,13 +77,14 @@ def _one_direction(
         best = np.max(block, axis=1, keepdims=True, where=positive, initial=-np.inf)
         is_level = block == best
         above[rows] = np.count_nonzero(block > best, axis=1)
+        scored[rows] = (best[:, 0] > -np.inf) | (above[rows] == 0)
         level[rows] = np.count_nonzero(is_level, axis=1)
         level_positives[rows] = np.count_nonzero(is_level & positive, axis=1)
 
     figures = {}
     all_positives = np.count_nonzero(positives, axis=1)
     for k in ks:
-        figures[f"{name}_recall_at_{k}"] = float(np.mean(_hit_probability(level, level_positives, k - above)))
+        figures[f"{name}_recall_at_{k}"] = float(np.mean(scored * _hit_probability(level, level_positives, k - above)))
         chance = _hit_probability(np.full(queries, answers), all_positives, np.full(queries, k))
         figures[f"{name}_recall_at_{k}_chance"] = float(np.mean(chance))
     # The first of p positives among n answers in random order is expected at rank (n + 1) / (p + 1).

@@ -11,8 +11,8 @@ def mean_text(texts: TextSide, owner: Int[Array, "J"], classes: int) -> TextSide
     """One text side a class: its texts averaged *before* the image is mixed (arXiv 2405.00740, section 4).
 
     Embeddings are L2-normalised before they are averaged, as CLIP does with its prompts; queries, which have no
-    normalisation of their own, are averaged as they are. ``owner`` names each text's class, 0 to classes - 1; every
-    class owns a text.
+    normalisation of their own, are averaged as they are, and keep their type. ``owner`` names each text's class, 0 to
+    classes - 1; every class owns a text.
     """
     counts = jax.ops.segment_sum(jnp.ones(owner.shape[0]), owner, classes)
 
@@ -20,4 +20,5 @@ def mean_text(texts: TextSide, owner: Int[Array, "J"], classes: int) -> TextSide
         total = jax.ops.segment_sum(x.astype(jnp.float32), owner, classes)
         return total / counts.reshape(-1, *[1] * (x.ndim - 1))
 
-    return TextSide(mean(normalize(texts.embedding)), None if texts.queries is None else mean(texts.queries))
+    queries = None if texts.queries is None else mean(texts.queries).astype(texts.queries.dtype)
+    return TextSide(mean(normalize(texts.embedding)), queries)

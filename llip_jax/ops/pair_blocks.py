@@ -223,7 +223,8 @@ def prepare(images: ImageSide, texts: TextSide) -> Prepared:
 def _gram(values: Float[Array, "n K M dh"], output: Float[Array, "d d"]) -> Float[Array, "n MK MK"]:
     """Products of every two of an image's value vectors after Wo. The vectors, M times the values, are not kept."""
     n, k, m, dh = values.shape
-    projected = _product("nkmh,mhd->nmkd", values, output.reshape(m, dh, m * dh)).astype(values.dtype)
+    # In the operands' type: XLA's CPU backend has no bfloat16 product of this form with a float32 result.
+    projected = jnp.einsum("nkmh,mhd->nmkd", values, output.reshape(m, dh, m * dh))
     vectors = projected.reshape(n, m * k, m * dh)
     return _product("npd,nrd->npr", vectors, vectors).astype(values.dtype)
 

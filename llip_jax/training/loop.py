@@ -222,7 +222,7 @@ class _Loop:
             results = _evaluate(self.evaluator, state.params, step, self.workdir, self.stop.check)
         except Stopped:
             return False
-        for task in ("zero_shot", "retrieval"):
+        for task in ("zero_shot", "retrieval", "two_stage"):
             self.writer.scalars(step, results.get(task, {}), prefix=f"eval/{task}/")
         return True
 
@@ -267,14 +267,14 @@ def _check_pair_scores(config: Config, mesh: Mesh) -> None:
     settings, batch = config.pair_scores, config.train.batch_size
     at_hand(settings, batch, batch * config.data.captions.slots, mesh.shape)
     if settings.implementation == "kernel":
-        platform = mesh.devices.flat[0].platform
-        if platform != "tpu":
-            raise ConfigError(f"pair_scores.implementation='kernel' needs TPUs, the devices are {platform}")
         if config.model.pooler != "mixer":
             raise ConfigError(
                 "pair_scores.implementation='kernel' is for images mixed by texts (model.pooler='mixer'), not for "
                 f"model.pooler={config.model.pooler!r}; expected 'streamed'"
             )
+        platform = mesh.devices.flat[0].platform
+        if platform != "tpu":
+            raise ConfigError(f"pair_scores.implementation='kernel' needs TPUs, the devices are {platform}")
 
 
 def compile_step(train_step: TrainStep, config: Config, spec: StateSpec, mesh: Mesh) -> TrainStep:
