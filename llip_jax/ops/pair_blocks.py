@@ -18,11 +18,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llip_jax.ops.pair_scores import FixedSide, ImageSide, TextSide, normalize
+from llip_jax.parallel.sharding import by_rows
 
 Tree = Any
 """Nested arrays."""
 
 _EXACT = jax.lax.Precision.HIGHEST
+_GRAM_BYTES = 8 * 2**20
+"""Temporaries of making Gram matrices, about."""
 _SMALLEST_SQUARE = 1e-24
 """As in ``normalize``: below it a vector counts as zero."""
 
@@ -143,7 +146,7 @@ class MetricScorer:
         d_mixed = d_mixed.astype(dtype)
         flat = kept.mixed.reshape(-1, shared.shape[0])
         d_shared = _product("pe,pd->ed", (square.reshape(-1, 1) * flat).astype(dtype), flat.astype(dtype))
-        d_folded = jnp.einsum("nj,njd->jd", numerator, kept.mixed.reshape(*numerator.shape, -1), precision=_EXACT)
+        d_folded = (numerator[..., None] * kept.mixed.reshape(*numerator.shape, -1)).sum(0)
         d_values = _product("nmjk,njmh->nkmh", kept.weights.astype(dtype), d_mixed)
         d_weights = _product("njmh,nkmh->nmjk", d_mixed, images.values)
         d_keys, d_queries = _query_key_gradient(kept.weights, d_weights, images, texts, self.temperature)
@@ -219,14 +222,24 @@ def prepare(images: ImageSide, texts: TextSide) -> Prepared:
     return Prepared(MetricScorer(images.temperature), MixtureBlock(images.keys, images.values, None), folded, metric)
 
 
-@jax.checkpoint
 def _gram(values: Float[Array, "n K M dh"], output: Float[Array, "d d"]) -> Float[Array, "n MK MK"]:
-    """Products of every two of an image's value vectors after Wo. The vectors, M times the values, are not kept."""
-    n, k, m, dh = values.shape
-    # In the operands' type: XLA's CPU backend has no bfloat16 product of this form with a float32 result.
-    projected = jnp.einsum("nkmh,mhd->nmkd", values, output.reshape(m, dh, m * dh))
-    vectors = projected.reshape(n, m * k, m * dh)
-    return _product("npd,nrd->npr", vectors, vectors).astype(values.dtype)
+    """Products of every two of an image's value vectors after Wo.
+
+    The vectors, M times the values, are made for some images at a time, and again for the backward pass.
+    """
+    _, k, m, dh = values.shape
+    some = max(1, _GRAM_BYTES // (4 * m * k * m * dh))
+
+    @jax.checkpoint
+    def of_image(values: Float[Array, "K M dh"], output: Float[Array, "d d"]) -> Float[Array, "MK MK"]:
+        # In the operands' type: XLA's CPU backend has no bfloat16 product of this form with a float32 result.
+        vectors = jnp.einsum("kmh,mhd->mkd", values, output.reshape(m, dh, m * dh)).reshape(m * k, m * dh)
+        return _product("pd,rd->pr", vectors, vectors).astype(values.dtype)
+
+    def of_images(values: Float[Array, "n K M dh"], output: Float[Array, "d d"]) -> Float[Array, "n MK MK"]:
+        return jax.lax.map(lambda v: of_image(v, output), values, batch_size=some)
+
+    return by_rows(of_images, values, output)
 
 
 def _product(spec: str, a: Array, b: Array) -> Array:

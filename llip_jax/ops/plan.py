@@ -8,7 +8,7 @@ import jax
 from llip_jax.config import ConfigError, PairScoresConfig
 from llip_jax.ops.pair_blocks import Prepared
 from llip_jax.ops.sweep import BlockSizes, Plan, rows
-from llip_jax.parallel.sharding import ACTIVATIONS
+from llip_jax.parallel.sharding import row_axes
 
 _TEXTS = 256
 """Texts of a block where there are as many: enough to keep matrix units busy, few enough to leave room for images."""
@@ -30,7 +30,7 @@ def make_plan(prepared: Prepared, settings: PairScoresConfig, ring: tuple[int, .
     """
     images, texts = rows(prepared.images), rows(prepared.texts)
     mesh = jax.sharding.get_abstract_mesh()
-    axes, images, texts = at_hand(settings, images, texts, {} if mesh.empty else mesh.shape)
+    axes, images, texts = at_hand(settings, images, texts, mesh.shape)
     width = settings.text_block or even(texts, _TEXTS)
     bytes_of_an_image = prepared.scorer.bytes_of_a_pair(prepared.images) * width
     height = settings.image_block or even(images, block_bytes() // bytes_of_an_image)
@@ -46,17 +46,10 @@ def at_hand(
     Raises:
         ConfigError: the batch does not divide over the mesh, or a block of the settings is larger than it can be.
     """
-    batch = ACTIVATIONS["batch"]
-    assert isinstance(batch, tuple)
-    devices = 1
-    axes: tuple[str, ...] = ()
-    if mesh_shape:
-        for axes in ((*batch, "tensor"), batch):
-            devices = math.prod(mesh_shape[axis] for axis in axes)
-            if images % devices == 0 and texts % devices == 0:
-                break
-        else:
-            raise ConfigError(f"{images} images and {texts} texts do not divide over {devices} devices")
+    axes = row_axes(mesh_shape, images, texts)
+    if mesh_shape and not axes:
+        raise ConfigError(f"{images} images and {texts} texts do not divide over a mesh of {dict(mesh_shape)}")
+    devices = math.prod(mesh_shape[axis] for axis in axes)
     images, texts = images // devices, texts // devices if settings.exchange == "ring" else texts
     for name, block, available, what in (
         ("image_block", settings.image_block, images, "images"),

@@ -7,7 +7,7 @@ compiler, which otherwise may move whole activations instead.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,29 @@ def partition_spec(shape: Sequence[int], axes: Axes, rules: Rules, mesh_shape: M
 def constrain(x: Array, *axes: str | None) -> Array:
     """Pins an activation to the mesh in use; without a mesh (plain function calls) it changes nothing."""
     return _pin(x, axes, ACTIVATIONS)
+
+
+def row_axes(mesh_shape: Mapping[str, int], *counts: int) -> tuple[str, ...]:
+    """The mesh axes over which computation on rows may be divided where nothing else uses ``tensor``.
+
+    The batch axes, and ``tensor`` too where together they divide all of the row counts; none where they do not.
+    """
+    batch = ACTIVATIONS["batch"]
+    assert isinstance(batch, tuple)
+    for axes in ((*batch, "tensor"), batch):
+        if mesh_shape and all(count % math.prod(mesh_shape[axis] for axis in axes) == 0 for count in counts):
+            return axes
+    return ()
+
+
+def by_rows(function: Callable[[Array, Array], Array], rows: Array, shared: Array) -> Array:
+    """``function(rows, shared)`` on each device's own rows, where it treats every row alike and loops over them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = row_axes(mesh.shape, len(rows))
+    if not axes or mesh.manual_axes:  # no mesh, or on one device's rows already
+        return function(rows, shared)
+    divided, whole = PartitionSpec(axes), PartitionSpec()
+    return jax.shard_map(function, in_specs=(divided, whole), out_specs=divided, check_vma=False)(rows, shared)
 
 
 def in_use(parameter: nnx.Param, dtype: Any) -> Array:
