@@ -2,6 +2,7 @@
 
     python benchmarks/pair_scores.py [--shape N,J,K,M,D] [--implementations NAME ...] [--dtype float32|bfloat16]
     python benchmarks/pair_scores.py --memory          compiles only, and counts what torch keeps for its backward pass
+    python benchmarks/pair_scores.py --score           scores all pairs once, to the host, as retrieval does
 
 One JSON line for each implementation: median milliseconds of the loss (sigmoid) and of the loss with all gradients, the
 compiler's temporaries, FLOPs as counted (multiply-adds x 2 that this implementation asks for), and the largest relative
@@ -16,9 +17,10 @@ import argparse
 import contextlib
 import json
 import platform
+import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +30,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from llip_jax.command_line import run
 from llip_jax.config import ConfigError, MeshConfig, PairScoresConfig
+from llip_jax.evaluation.scoring import score
 from llip_jax.objectives.losses import SigmoidLoss
 from llip_jax.objectives.pairs import ImageIds, TextIds, pair_targets
 from llip_jax.ops.pair_blocks import mixture_multiply_adds, prepare
@@ -36,6 +39,7 @@ from llip_jax.ops.pair_scores import Affine, FixedSide, ImageSide, MixtureSide, 
 from llip_jax.ops.plan import make_plan
 from llip_jax.parallel.mesh import make_mesh
 from llip_jax.parallel.sharding import batch_sharding
+from llip_jax.training.metrics import progress_bar
 
 TEMPERATURE = 5.0
 LOSS = SigmoidLoss(lambda images, texts: pair_targets(images, texts, "ignore"))
@@ -304,6 +308,22 @@ def memory_curves(shape: Shape, peers: list[str]) -> Iterator[dict[str, Any]]:
             yield {"curve": "devices", "implementation": name, **own._asdict(), "devices": devices, **facts}
 
 
+def score_once(shape: Shape) -> dict[str, Any]:
+    """Seconds and the host's peak memory, with the images on the host."""
+    images, texts = sides(random_arrays(shape))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with progress_bar(shape.n, 0, "image", "scoring") as bar:
+        begun = time.perf_counter()
+        score(images, texts, progress=bar.update)
+        seconds = time.perf_counter() - begun
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return {
+        "score": "all pairs", **shape._asdict(), "seconds": round(seconds, 2),
+        "pairs_per_second": round(shape.n * shape.j / seconds), "peak_memory_growth_mib": round(grown / 2**10),
+        "of_that_the_scores_mib": round(shape.n * shape.j * 4 / 2**20),
+    }  # fmt: skip
+
+
 def installed_peers() -> list[str]:
     with contextlib.suppress(ImportError):
         import torch  # noqa: F401
@@ -321,6 +341,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--devices", type=int, default=1, help="on a CPU, so many are simulated")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--score", action="store_true")
     args = parser.parse_args(argv)
     try:
         shape = Shape(*map(int, args.shape.split(",")))
@@ -329,8 +350,11 @@ def main(argv: list[str]) -> int:
     if shape.k and shape.d % max(shape.m, 1):
         raise ConfigError(f"--shape: {shape.m} heads do not divide a width of {shape.d}")
     jax.config.update("jax_num_cpu_devices", max(args.devices, 8 if args.memory else 1))
-    peers = installed_peers()
-    if args.memory:
+    peers = [] if args.score else installed_peers()
+    lines: Iterable[dict[str, Any]]
+    if args.score:
+        lines = [score_once(shape)]
+    elif args.memory:
         lines = memory_curves(shape, peers)
     else:
         fitting = [name for name in peers if (name == "torch_attention") == (shape.k > 0)]

@@ -141,11 +141,13 @@ def pair_loss(
         statistics = statistics_of_all(inputs, ids)
         return loss.value(statistics), statistics
 
+    inputs = _Inputs(prepared.images, prepared.texts, prepared.shared, affine)
+    types = jax.tree.map(lambda x: x.dtype, inputs)
+
     def backward(gradients: _Inputs, cotangents: tuple[Array, Statistics]) -> tuple[_Inputs, None]:
-        return jax.tree.map(lambda x, like: (cotangents[0] * x).astype(like.dtype), gradients, inputs), None
+        return jax.tree.map(lambda x, dtype: (cotangents[0] * x).astype(dtype), gradients, types), None
 
     over_all.defvjp(with_gradients, backward)
-    inputs = _Inputs(prepared.images, prepared.texts, prepared.shared, affine)
     return over_all(inputs, (image_ids, text_ids))
 
 
