@@ -15,6 +15,7 @@ a machine whose speed drifts favours none. K = 0 means one vector an image (SigL
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import platform
 import resource
@@ -34,6 +35,7 @@ from llip_jax.evaluation.scoring import score
 from llip_jax.objectives.losses import SigmoidLoss
 from llip_jax.objectives.pairs import ImageIds, TextIds, pair_targets
 from llip_jax.ops.pair_blocks import mixture_multiply_adds, prepare
+from llip_jax.ops.pair_kernel import with_kernel
 from llip_jax.ops.pair_loss import pair_loss
 from llip_jax.ops.pair_scores import Affine, FixedSide, ImageSide, MixtureSide, TextSide, cosines
 from llip_jax.ops.plan import make_plan
@@ -110,11 +112,12 @@ def loss_function(implementation: str, shape: Shape) -> Callable[[Arrays, Affine
 
     def streamed(x: Arrays, affine: Affine) -> jax.Array:
         exchange: Any = "gather" if implementation == "gather" else "ring"
-        settings = PairScoresConfig(
-            exchange=exchange, implementation="kernel" if implementation == "kernel" else "streamed"
-        )
         prepared = prepare(*sides(x))
-        return pair_loss(LOSS, prepared, affine, *ids(shape), make_plan(prepared, settings))[0]
+        if implementation == "kernel":
+            prepared = with_kernel(prepared)
+        return pair_loss(LOSS, prepared, affine, *ids(shape), make_plan(prepared, PairScoresConfig(exchange=exchange)))[
+            0
+        ]
 
     return dense if implementation == "dense" else streamed
 
@@ -126,8 +129,8 @@ def multiply_adds(implementation: str, shape: Shape) -> tuple[float, float]:
         return n * j * d, 3 * n * j * d
     if implementation == "dense":
         return n * j * (2 * k * d + d**2), 3 * n * j * (2 * k * d + d**2)
-    both = n * mixture_multiply_adds(j, k, m, d // m)
-    return both / 3 if implementation != "kernel" else both / 2, both
+    forward, both = (n * count for count in mixture_multiply_adds(j, k, m, d // m))
+    return forward, both if implementation != "kernel" else forward + both  # the kernel's backward pass starts over
 
 
 def ours(implementation: str, shape: Shape, dtype: Any, devices: int) -> Measured:
@@ -325,12 +328,12 @@ def score_once(shape: Shape) -> dict[str, Any]:
 
 
 def installed_peers() -> list[str]:
-    with contextlib.suppress(ImportError):
-        import torch  # noqa: F401
-
-        return list(PEERS)
-    print("torch is not installed: without its implementations", file=sys.stderr)
-    return []
+    found = [
+        peer for peer, module in zip(PEERS, ("torch", "open_clip"), strict=True) if importlib.util.find_spec(module)
+    ]
+    for peer in set(PEERS) - set(found):
+        print(f"without {peer}: not installed", file=sys.stderr)
+    return found
 
 
 def main(argv: list[str]) -> int:
@@ -347,8 +350,12 @@ def main(argv: list[str]) -> int:
         shape = Shape(*map(int, args.shape.split(",")))
     except (TypeError, ValueError):
         raise ConfigError(f"--shape: expected five whole numbers N,J,K,M,D, got {args.shape!r}") from None
-    if shape.k and shape.d % max(shape.m, 1):
-        raise ConfigError(f"--shape: {shape.m} heads do not divide a width of {shape.d}")
+    if min(shape.n, shape.j, shape.d) < 1 or min(shape.k, shape.m) < 0 or (shape.k and shape.d % max(shape.m, 1)):
+        raise ConfigError(f"--shape: expected N, J, d of at least 1 and M heads that divide d, got {args.shape!r}")
+    if args.repeats < 1:
+        raise ConfigError(f"--repeats: expected at least 1, got {args.repeats}")
+    if args.devices < 1 or shape.n % args.devices or shape.j % args.devices:
+        raise ConfigError(f"--devices: {args.devices} do not divide {shape.n} images and {shape.j} texts")
     jax.config.update("jax_num_cpu_devices", max(args.devices, 8 if args.memory else 1))
     peers = [] if args.score else installed_peers()
     lines: Iterable[dict[str, Any]]
@@ -359,6 +366,8 @@ def main(argv: list[str]) -> int:
     else:
         fitting = [name for name in peers if (name == "torch_attention") == (shape.k > 0)]
         names = args.implementations or ["streamed", "dense", *fitting]
+        if "kernel" in names and (jax.default_backend() != "tpu" or not shape.k):
+            raise ConfigError("--implementations: 'kernel' needs a TPU and images with tokens (K > 0)")
         lines = time_all(shape, names, args.dtype, args.devices, args.repeats)
     for line in lines:
         print(json.dumps({**line, **about_this_machine()}), flush=True)

@@ -89,6 +89,7 @@ def compile_for(topology: str, size: str, batch: int, settings: PairScoresConfig
         "topology": topology,
         "size": size,
         "batch": batch,
+        "implementation": settings.implementation,
         **facts,
         "exchange": settings.exchange,
         "temporaries_mib": round(memory.temp_size_in_bytes / 2**20, 1),

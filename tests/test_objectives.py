@@ -176,6 +176,15 @@ def test_gradients_are_finite_at_extreme_logits(name: str, size: float) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_gradients_at_logits_of_zero(name: str) -> None:
+    """Where a form by absolute values has a corner."""
+    loss, _, expected_gradient = LOSSES[name]
+    pairs, logits = random_pairs(14, 6, 3, "ignore"), np.zeros((6, 18), np.float32)
+    exact = [np.asarray(x, np.float64) for x in (logits, *pairs)]
+    assert relative_error(jax.grad(loss)(logits, pairs), expected_gradient(*exact)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_rows_and_columns_that_are_masked_throughout(name: str) -> None:
     """An image without any countable pair: neither NaN nor gradient; nor in a batch where nothing counts."""
     loss = LOSSES[name][0]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from llip_jax.ops.pair_blocks import check_sides, prepare
 from llip_jax.ops.pair_scores import FixedSide, ImageSide, TextSide
-from llip_jax.ops.plan import block_bytes, even
+from llip_jax.ops.plan import BLOCK_TEXTS, block_bytes, even
 from llip_jax.ops.sweep import rows
 from llip_jax.parallel.sharding import ACTIVATIONS, constrain
 
@@ -27,9 +27,6 @@ Side = TypeVar("Side", bound=ImageSide | TextSide)
 
 Progress = Callable[[int], Any]
 """Called with the number of images done since the last call."""
-
-_TEXTS = 256
-"""Texts of a piece, at most: enough to keep matrix units busy, few enough to leave room for images."""
 
 
 def score(
@@ -120,7 +117,7 @@ def cosines(images: ImageSide, texts: TextSide) -> Float[Array, "n J"]:
 def _by_pieces(images: ImageSide, texts: TextSide) -> Float[Array, "n J"]:
     scorer, image_rows, text_rows, shared = prepare(images, texts)
     n, j = rows(image_rows), rows(text_rows)
-    width = even(j, _TEXTS)
+    width = even(j, BLOCK_TEXTS)
     height = even(n, block_bytes() // (scorer.bytes_of_a_pair(image_rows) * width))
     across, down = -(-j // width), -(-n // height)
 

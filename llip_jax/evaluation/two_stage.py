@@ -204,7 +204,7 @@ def two_stage_figures(
     """What retrieval in two stages reaches, and how much of the exact result survives it.
 
     Args:
-        exact: scores of all pairs. The second stage's are the same numbers, of fewer pairs.
+        exact: scores of all pairs. The second stage's (``rescore``) are the same but for rounding, of fewer pairs.
         positives: pairs that match; every query has one.
         listed: the first stage's result.
 

@@ -20,7 +20,7 @@ Targets = Callable[[Tree, Tree], PairTargets]
 """From the ids of n images and j texts to what their pairs are."""
 
 _NOWHERE = -1e30
-"""Logit of a masked pair. An infinity would turn into NaN in the gradient of rows that are masked throughout."""
+"""Logit of a masked pair: finite, so that differences of log-sum-exps are numbers also where no pair counts."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class SigmoidLoss:
         """Each image's sum of losses."""
         pairs = self.targets(image_ids, text_ids)
         # -log sigmoid(s) where they match and -log sigmoid(-s) where not, their common part computed once.
-        loss = jnp.log1p(jnp.exp(-jnp.abs(logits)))
+        # (Not exp(-abs): jax's derivative of abs at 0 is 1.)
+        loss = jnp.log1p(jnp.exp(jnp.minimum(logits, -logits)))
         loss += pairs.target * jnp.maximum(-logits, 0) + (1 - pairs.target) * jnp.maximum(logits, 0)
         weighted = jnp.where(counts & (pairs.mask > 0), pairs.weight * loss, 0)
         return Statistics(Reduced(weighted.sum(axis=1), None), Reduced(None, None))

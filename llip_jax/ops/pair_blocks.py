@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from llip_jax.ops.pair_scores import FixedSide, ImageSide, TextSide, normalize
+from llip_jax.ops.pair_scores import SMALLEST_SQUARE, FixedSide, ImageSide, TextSide, normalize
 from llip_jax.parallel.sharding import by_rows
 
 Tree = Any
@@ -26,8 +26,6 @@ Tree = Any
 _EXACT = jax.lax.Precision.HIGHEST
 _GRAM_BYTES = 8 * 2**20
 """Temporaries of making Gram matrices, about."""
-_SMALLEST_SQUARE = 1e-24
-"""As in ``normalize``: below it a vector counts as zero."""
 
 
 class MixtureBlock(NamedTuple):
@@ -115,6 +113,7 @@ class _GramKept(NamedTuple):
 class _Norm(NamedTuple):
     cosine: Float[Array, "n j"]
     reciprocal: Float[Array, "n j"]
+    above_floor: Bool[Array, "n j"]
 
 
 @dataclass(frozen=True)
@@ -129,10 +128,11 @@ class MetricScorer:
         mixed = _product("nmjk,nkmh->njmh", weights.astype(images.values.dtype), images.values)
         flat = mixed.reshape(*mixed.shape[:2], -1)
         stretched = _product("nje,ed->njd", flat.astype(shared.dtype), shared)
-        norm = _cosine(
-            jnp.einsum("njd,jd->nj", flat, texts.folded, precision=_EXACT),
-            (flat * stretched).sum(-1),
+        square, mixed_square, stretched_square = (
+            (a * b).sum(-1) for a, b in ((flat, stretched), (flat, flat), (stretched, stretched))
         )
+        floor = norm_floor(mixed_square, stretched_square, shared.dtype)
+        norm = _cosine(jnp.einsum("njd,jd->nj", flat, texts.folded, precision=_EXACT), square, floor)
         return norm.cosine, _MetricKept(weights, mixed, stretched.reshape(mixed.shape), norm)
 
     def backward(
@@ -172,7 +172,11 @@ class GramScorer:
         products = _product("jmh,nkmh->nmjk", self._folded(images, texts), images.values)
         gram = images.gram.reshape(n, m * k, m, k)
         stretched = _product("njp,npmk->nmjk", _by_pair(weights).astype(gram.dtype), gram)
-        norm = _cosine((weights * products).sum((1, 3)), (weights * stretched).sum((1, 3)))
+        square, weight_square, stretched_square = (
+            (a * b).sum((1, 3)) for a, b in ((weights, stretched), (weights, weights), (stretched, stretched))
+        )
+        floor = norm_floor(weight_square, stretched_square, gram.dtype)
+        norm = _cosine((weights * products).sum((1, 3)), square, floor)
         return norm.cosine, _GramKept(weights, products, stretched, norm)
 
     def backward(
@@ -233,7 +237,9 @@ def _gram(values: Float[Array, "n K M dh"], output: Float[Array, "d d"]) -> Floa
     @jax.checkpoint
     def of_image(values: Float[Array, "K M dh"], output: Float[Array, "d d"]) -> Float[Array, "MK MK"]:
         # In the operands' type: XLA's CPU backend has no bfloat16 product of this form with a float32 result.
-        vectors = jnp.einsum("kmh,mhd->mkd", values, output.reshape(m, dh, m * dh)).reshape(m * k, m * dh)
+        precision = _EXACT if values.dtype == jnp.float32 else None
+        vectors = jnp.einsum("kmh,mhd->mkd", values, output.reshape(m, dh, m * dh), precision=precision)
+        vectors = vectors.reshape(m * k, m * dh)
         return _product("pd,rd->pr", vectors, vectors).astype(values.dtype)
 
     def of_images(values: Float[Array, "n K M dh"], output: Float[Array, "d d"]) -> Float[Array, "n MK MK"]:
@@ -243,13 +249,19 @@ def _gram(values: Float[Array, "n K M dh"], output: Float[Array, "d d"]) -> Floa
 
 
 def _product(spec: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    """In float32; of float32 operands exact to float32 on every device, whatever its default."""
+    precision = _EXACT if a.dtype == b.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def mixture_multiply_adds(texts: int, k: int, m: int, dh: int) -> float:
-    """Of one image with all texts, forward and backward, in the cheaper of the two forms."""
-    d = m * dh
-    return 6 * texts * k * d + min(_metric_multiply_adds(texts, k, m, dh), _gram_multiply_adds(texts, k, m, dh))
+def mixture_multiply_adds(texts: int, k: int, m: int, dh: int) -> tuple[int, int]:
+    """Of one image with all texts, in the cheaper of the two forms: forward; forward and backward."""
+    d, vectors = m * dh, m * k
+    forward, both = 2 * texts * k * d, 6 * texts * k * d
+    if _gram_is_cheaper(texts, k, m, dh):
+        making = vectors**2 * d + k * d**2
+        return forward + texts * vectors**2 + making, both + _gram_multiply_adds(texts, k, m, dh)
+    return forward + texts * d**2, both + _metric_multiply_adds(texts, k, m, dh)
 
 
 def _gram_is_cheaper(texts: int, k: int, m: int, dh: int) -> bool:
@@ -262,9 +274,10 @@ def _metric_multiply_adds(texts: int, k: int, m: int, dh: int) -> int:
 
 
 def _gram_multiply_adds(texts: int, k: int, m: int, dh: int) -> int:
-    """What the norm takes by the Gram matrix, an image: with all texts, and to make the matrix."""
+    """What the norm takes by the Gram matrix, an image: with all texts, and to make the matrix (twice: the backward
+    pass makes it again) and its gradient."""
     d, vectors = m * dh, m * k
-    return 2 * texts * vectors**2 + 3 * (vectors**2 * d + k * d**2)
+    return 2 * texts * vectors**2 + 4 * (vectors**2 * d + k * d**2)
 
 
 def _mixing_weights(images: MixtureBlock, texts: TextBlock, temperature: float) -> Float[Array, "n M j K"]:
@@ -276,16 +289,25 @@ def _by_pair(weights: Float[Array, "n M j K"]) -> Float[Array, "n j MK"]:
     return weights.swapaxes(1, 2).reshape(n, j, m * k)
 
 
-def _cosine(numerator: Float[Array, "n j"], square: Float[Array, "n j"]) -> _Norm:
-    reciprocal = jax.lax.rsqrt(jnp.maximum(square, _SMALLEST_SQUARE))
-    return _Norm(numerator * reciprocal, reciprocal)
+def norm_floor(vector_square: Array, stretched_square: Array, dtype: Any) -> Array:
+    """The least that x . A x can be told from zero by, given the squares of x and of A x, in products of this type.
+
+    x . A x loses digits where A x is nearly at right angles to x, as where Wo all but removes the mixed values; rounded
+    operands can even make it negative. Below this floor nothing of it is left.
+    """
+    return jnp.maximum(jnp.finfo(dtype).eps * jnp.sqrt(vector_square) * jnp.sqrt(stretched_square), SMALLEST_SQUARE)
+
+
+def _cosine(numerator: Float[Array, "n j"], square: Float[Array, "n j"], floor: Float[Array, "n j"]) -> _Norm:
+    reciprocal = jax.lax.rsqrt(jnp.maximum(square, floor))
+    return _Norm(numerator * reciprocal, reciprocal, square > floor)
 
 
 def _cosine_gradient(norm: _Norm, cotangent: Float[Array, "n j"]) -> tuple[Float[Array, "n j"], Float[Array, "n j"]]:
-    """With respect to numerator and squared norm; a vector that counts as zero has no gradient through its norm."""
+    """With respect to numerator and squared norm; a norm at its floor has no gradient."""
     numerator = cotangent * norm.reciprocal
     square = -0.5 * cotangent * norm.cosine * norm.reciprocal**2
-    return numerator, jnp.where(norm.reciprocal < _SMALLEST_SQUARE**-0.5, square, 0.0)
+    return numerator, jnp.where(norm.above_floor, square, 0.0)
 
 
 def _query_key_gradient(

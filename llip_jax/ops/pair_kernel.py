@@ -20,16 +20,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from llip_jax.ops.pair_blocks import GramScorer, MetricScorer, MixtureBlock, Prepared, TextBlock
+from llip_jax.ops.pair_blocks import GramScorer, MetricScorer, MixtureBlock, Prepared, TextBlock, norm_floor
 
 VMEM_LIMIT = 48 * 2**20
 """Bytes of VMEM for a kernel: three quarters of what a core of tpu7x has, the least of v5e, v6e and tpu7x."""
 
 _LANES = 128
-_SMALLEST_SQUARE = 1e-24
-"""As in ``pair_scores.normalize``."""
 
 Ref = Any
 """An array in VMEM: the whole of one that belongs to texts or to all pairs, an image's part of the others."""
@@ -116,8 +114,8 @@ class _Refs(NamedTuple):
         return (self.weights, self.made) if form.gram else (self.made, self.folded)
 
 
-def _score(form: _Form, refs: _Refs) -> tuple[Float[Array, "1 j"], Float[Array, "1 j"]]:
-    """Cosine and reciprocal norm of an image's pairs; fills the scratch."""
+def _score(form: _Form, refs: _Refs) -> tuple[Float[Array, "1 j"], Float[Array, "1 j"], Bool[Array, "1 j"]]:
+    """Cosine and reciprocal norm of an image's pairs, and whether it is above its floor; fills the scratch."""
     dtype = refs.values.dtype
     for part, tokens in form.cuts():
         logits = _matmul(refs.keys[:, part], refs.queries[part]) * (1 / form.temperature)
@@ -131,14 +129,18 @@ def _score(form: _Form, refs: _Refs) -> tuple[Float[Array, "1 j"], Float[Array, 
     x, y = refs.x_and_y(form)
     refs.stretched[...] = _matmul(refs.quadratic[...], x[...].astype(dtype))
     numerator = (x[...] * y[...]).sum(0, keepdims=True)
-    square = (x[...] * refs.stretched[...]).sum(0, keepdims=True)
-    reciprocal = jax.lax.rsqrt(jnp.maximum(square, _SMALLEST_SQUARE))
-    return numerator * reciprocal, reciprocal
+    square, x_square, stretched_square = (
+        (a[...] * b[...]).sum(0, keepdims=True)
+        for a, b in ((x, refs.stretched), (x, x), (refs.stretched, refs.stretched))
+    )
+    floor = norm_floor(x_square, stretched_square, dtype)
+    reciprocal = jax.lax.rsqrt(jnp.maximum(square, floor))
+    return numerator * reciprocal, reciprocal, square > floor
 
 
 def _forward_kernel(form: _Form, *all_refs: Ref) -> None:
     inputs, cosine, scratch = all_refs[:5], all_refs[5], all_refs[6:]
-    cosine[...], _ = _score(form, _Refs(*inputs, *scratch))
+    cosine[...], _, _ = _score(form, _Refs(*inputs, *scratch))
 
 
 def _backward_kernel(form: _Form, *all_refs: Ref) -> None:
@@ -152,11 +154,11 @@ def _backward_kernel(form: _Form, *all_refs: Ref) -> None:
             total[...] = jnp.zeros(total.shape, total.dtype)
 
     dtype = refs.values.dtype
-    cosine, reciprocal = _score(form, refs)
+    cosine, reciprocal, above_floor = _score(form, refs)
     x, y = refs.x_and_y(form)
     by_numerator = cotangent[...] * reciprocal
-    # A vector that counts as zero has no gradient through its norm.
-    by_square = jnp.where(reciprocal < _SMALLEST_SQUARE**-0.5, -0.5 * by_numerator * cosine * reciprocal, 0.0)
+    # A norm at its floor has no gradient.
+    by_square = jnp.where(above_floor, -0.5 * by_numerator * cosine * reciprocal, 0.0)
     outer = _matmul((by_square * x[...]).astype(dtype), x[...].astype(dtype), ".T")
     if form.gram:
         d_quadratic[...] = outer

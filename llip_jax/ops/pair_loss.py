@@ -35,7 +35,7 @@ class PairLoss(Protocol):
     def statistics(
         self, logits: Float[Array, "n j"], image_ids: Tree, text_ids: Tree, counts: Bool[Array, "n j"]
     ) -> Statistics:
-        """Over the pairs of a block that count.
+        """Over the pairs of a block that count; log-sum-exps are finite also where none does.
 
         ``image_ids`` and ``text_ids`` are the block's rows of the vectors (ids, weights) that say which pairs match.
         """
@@ -76,7 +76,7 @@ def pair_loss(
 ) -> tuple[Float[Array, ""], Statistics]:
     """The loss over all pairs, and the statistics it is made of.
 
-    Differentiable in the prepared arrays and in scale and bias, through the loss alone; not differentiable twice.
+    Differentiable in the prepared arrays and in scale and bias, through the loss alone: the statistics are constants.
     ``image_ids`` and ``text_ids`` are nested arrays of N and J rows, handed to the loss block by block.
     """
     scorer = prepared.scorer
@@ -148,7 +148,8 @@ def pair_loss(
         return jax.tree.map(lambda x, dtype: (cotangents[0] * x).astype(dtype), gradients, types), None
 
     over_all.defvjp(with_gradients, backward)
-    return over_all(inputs, (image_ids, text_ids))
+    value, statistics = over_all(inputs, (image_ids, text_ids))
+    return value, jax.lax.stop_gradient(statistics)
 
 
 def _derivative(rows: _Rows, block: Reduced) -> Reduced:

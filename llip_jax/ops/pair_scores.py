@@ -43,11 +43,15 @@ class Affine(NamedTuple):
     bias: Float[Array, ""]
 
 
+SMALLEST_SQUARE = 1e-24
+"""A vector with a squared norm below this counts as zero."""
+
+
 def normalize(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
     """L2-normalised along the last axis in float32; the zero vector stays zero, with a finite gradient."""
     x = x.astype(jnp.float32)
     # Clamping the squared norm (not the norm) keeps the gradient of sqrt finite at zero.
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), SMALLEST_SQUARE))
 
 
 def mix(images: MixtureSide, queries: Float[Array, "J M dh"]) -> Float[Array, "N J d"]:

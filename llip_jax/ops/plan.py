@@ -10,7 +10,7 @@ from llip_jax.ops.pair_blocks import Prepared
 from llip_jax.ops.sweep import BlockSizes, Plan, rows
 from llip_jax.parallel.sharding import row_axes
 
-_TEXTS = 256
+BLOCK_TEXTS = 256
 """Texts of a block where there are as many: enough to keep matrix units busy, few enough to leave room for images."""
 
 _BLOCK_BYTES = {"cpu": 16 * 2**20, "tpu": 32 * 2**20}
@@ -31,7 +31,7 @@ def make_plan(prepared: Prepared, settings: PairScoresConfig, ring: tuple[int, .
     images, texts = rows(prepared.images), rows(prepared.texts)
     mesh = jax.sharding.get_abstract_mesh()
     axes, images, texts = at_hand(settings, images, texts, mesh.shape)
-    width = settings.text_block or even(texts, _TEXTS)
+    width = settings.text_block or even(texts, BLOCK_TEXTS)
     bytes_of_an_image = prepared.scorer.bytes_of_a_pair(prepared.images) * width
     height = settings.image_block or even(images, block_bytes() // bytes_of_an_image)
     whole_mesh = ring is not None and len(ring) == math.prod(mesh.shape[axis] for axis in axes)

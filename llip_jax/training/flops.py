@@ -40,7 +40,7 @@ def train_step_flops(config: Config) -> float:
     if config.model.pooler == "mixer":
         projections = images * 4 * tokens * shape.vision.width * d + texts * 4 * shape.text.width * d
         heads = config.model.mixer_heads
-        pairs = 2 * mixture_multiply_adds(texts, tokens, heads, d // heads)
+        pairs = 2.0 * mixture_multiply_adds(texts, tokens, heads, d // heads)[1]
     else:
         projections = images * 2 * tokens * shape.vision.width * d + texts * 2 * shape.text.width * d
         pairs = 6.0 * texts * d

@@ -266,6 +266,8 @@ def _check_batch(config: Config, mesh: Mesh) -> None:
 def _check_pair_scores(config: Config, mesh: Mesh) -> None:
     settings, batch = config.pair_scores, config.train.batch_size
     at_hand(settings, batch, batch * config.data.captions.slots, mesh.shape)
+    if settings.implementation == "dense" and (settings.image_block or settings.text_block):
+        raise ConfigError("pair_scores.implementation='dense' has no blocks: expected image_block and text_block None")
     if settings.implementation == "kernel":
         if config.model.pooler != "mixer":
             raise ConfigError(
