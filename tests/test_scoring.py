@@ -63,7 +63,7 @@ SIDES = {
 def test_equals_the_dense_form_and_float64(name: str, pieces: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """23 images and 17 or 100 texts fit neither the blocks nor, when small, the pieces of a block."""
     if pieces == "small":
-        monkeypatch.setattr(scoring, "_TEXTS", 4)
+        monkeypatch.setattr(scoring, "BLOCK_TEXTS", 4)
         monkeypatch.setattr(scoring, "block_bytes", lambda: 2**11)
         by_pieces = scoring._by_pieces
         monkeypatch.setattr(scoring, "cosines", jax.jit(lambda *sides: by_pieces(*sides)))  # traced anew
