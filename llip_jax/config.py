@@ -117,7 +117,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
 class PairScoresConfig:
-    """How every image is compared with every text of the batch. Only rounding depends on it."""
+    """How training compares every image with every text of the batch. Only rounding depends on it."""
 
     implementation: Literal["streamed", "kernel", "dense"] = "streamed"
     """Block by block; the same with a Pallas kernel for each block (TPU, mixer only); or all pairs at once."""

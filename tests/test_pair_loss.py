@@ -408,10 +408,15 @@ def test_two_processes_of_four_devices_give_the_loss_of_one() -> None:
         )
         for index in range(2)
     ]
-    for process in processes:
-        out, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
-        assert float(out.rpartition("RESULT")[2]) < TOLERANCE
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=240)
+            assert process.returncode == 0, err
+            assert float(out.rpartition("RESULT")[2]) < TOLERANCE
+    finally:
+        # One that waits for another that has failed would wait for long.
+        for process in processes:
+            process.kill()
 
 
 # Memory and traffic, as the compiler sees them.
@@ -457,12 +462,12 @@ def temporaries(program: jax.stages.Compiled) -> int:
 
 
 def test_memory_grows_with_texts_by_the_texts_themselves() -> None:
-    """Queries and folded embeddings with their gradients: at most four arrays of J x d, measured two."""
+    """Folded embeddings and the gradients of texts: at most 2.5 arrays of J x d, measured 2.04."""
     shape = Shape(16, 1, 16, 4, 32)
     sizes = [temporaries(compiled(shape, texts, images=16)) for texts in (512, 4096, 32_768)]
     array = 4 * 128  # bytes of d numbers
     for (few, many), (less, more) in zip(((512, 4096), (4096, 32_768)), itertools.pairwise(sizes), strict=True):
-        assert more - less <= 4 * array * (many - few)
+        assert more - less <= 2.5 * array * (many - few)
 
 
 def test_gram_matrices_are_made_for_some_images_at_a_time() -> None:
