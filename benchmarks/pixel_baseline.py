@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from llip_jax.config_files import load
-from llip_jax.data.images import decode, resize_for_eval
-from llip_jax.data.pipeline import build_source
+from llip_jax.data.images import open_picture, resize_for_eval
 from llip_jax.data.records import Source
+from llip_jax.data.sources import build_source
 from llip_jax.evaluation.retrieval import recall_at_k
 
 SIDE = 16
@@ -27,7 +27,7 @@ def features(source: Source) -> tuple[Float[np.ndarray, "N D"], list[tuple[str, 
     rows, captions = [], []
     for index in range(len(source)):
         record = source[index]
-        image = decode(record.image) if isinstance(record.image, bytes) else record.image
+        image = open_picture(record.image).decode(1.0) if isinstance(record.image, bytes) else record.image
         pixels = resize_for_eval(image, SIDE).astype(np.float64).reshape(-1)
         rows.append((pixels - pixels.mean()) / (pixels.std() + 1e-6))
         captions.append(record.captions[: record.specific])

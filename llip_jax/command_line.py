@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from llip_jax.config import ConfigError
 
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+EXIT_FINISHED, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 75
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -182,7 +182,7 @@ class ToyWorldConfig:
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
 class FolderConfig:
-    """A folder with captions.jsonl (llip_jax/data/folder.py)."""
+    """A folder with captions.jsonl (llip_jax/data/formats/folder.py)."""
 
     split_field: str = "split"
     train_split: str = "train"
@@ -219,19 +219,55 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
-class CaptionConfig:
-    """Which captions of a record fill the slots of a step, drawn from (seed, index)."""
+class CaptionRules:
+    """Which captions of a record fill the slots of a step, drawn from (seed, index) without repeating one.
+
+    Captions are grouped by kind: the column they come from (``data.fields.captions``). A slot first draws the kind, by
+    ``weights``, and then one caption of it. With the defaults every caption is equally likely, as LaCLIP (arXiv
+    2305.20088) draws from an original and its rewrites.
+    """
+
+    specific_probability: float = Field(default=1.0, ge=0, le=1)
+    """Chance that a slot is drawn from the record's specific captions; otherwise from all of them."""
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Chances of kinds in proportion to each other, as VeCLIP (arXiv 2310.07699) takes original or enriched captions
+    with 0.5 each; kinds that are not named are drawn only when no named one is left. Empty: all captions alike."""
+    first: str | None = None
+    """Kind that fills slot 0 wherever a record has it."""
+    min_words: int = Field(default=1, ge=1)
+    """A draw of fewer words gives way to the record's first caption (LaCLIP: 2)."""
+    sentences: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    """Kinds whose captions are cut into sentences; a draw is a run of so many (fewest, most), as in DreamLIP (arXiv
+    2403.17007) and FLAIR (arXiv 2412.03561)."""
+
+    @field_validator("weights")
+    @classmethod
+    def _positive(cls, value: dict[str, float]) -> dict[str, float]:
+        if any(weight < 0 for weight in value.values()) or (value and not any(value.values())):
+            raise ValueError(f"expected weights of at least 0, one of them positive, got {value}")
+        return value
+
+    @field_validator("sentences")
+    @classmethod
+    def _ordered(cls, value: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        for kind, (fewest, most) in value.items():
+            if not 1 <= fewest <= most:
+                raise ValueError(f"expected (fewest, most) with 1 <= fewest <= most for {kind!r}, got {fewest, most}")
+        return value
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class CaptionConfig(CaptionRules):
+    """Caption rules, and how many slots they fill."""
 
     slots: int = Field(default=1, ge=1)
     """C: captions of one image in a step."""
-    specific_probability: float = Field(default=1.0, ge=0, le=1)
-    """Chance that a slot is drawn from the record's specific captions; otherwise from all of them."""
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
 class TokenizerConfig:
     """'clip': CLIP's byte-pair vocabulary. 'trained': a small byte-level BPE trained on the training captions once
-    and kept in the run directory. Otherwise the path of a Hugging Face tokenizer.json."""
+    and kept in the run directory. Otherwise the path of a Hugging Face tokenizer.json or a SentencePiece .model."""
 
     name: str = "clip"
     vocabulary_size: int = Field(default=49_408, ge=300)
@@ -239,15 +275,86 @@ class TokenizerConfig:
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
-class DataConfig:
-    """Where samples come from and how they become batches."""
+class FieldsConfig:
+    """Which columns of a web format hold what; dots lead into nested columns (``json.caption``)."""
 
-    source: Literal["toyworld", "folder"] = "folder"
+    image: tuple[str, ...] = ()
+    """Columns with encoded images, the first one present is taken; empty: the format's usual names."""
+    captions: tuple[str, ...] = ()
+    """Columns with a string or a list of strings, all are taken; empty: the format's usual name."""
+    duplicate: str | None = None
+    """Column that is equal for identical images; None compares the bytes of the image files."""
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class TfdsConfig:
+    """Splits of a TensorFlow Datasets data set (llip_jax/data/formats/tfds.py)."""
+
+    train_split: str = "train"
+    eval_split: str = "validation"
+    data_dir: str | None = None
+    """Where prepared data sets lie; None: where TensorFlow Datasets puts them."""
+
+
+SourceFormat = Literal["toyworld", "folder", "webdataset", "parquet", "array_record", "tfds"]
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class SourceConfig:
+    """One source of samples."""
+
+    source: SourceFormat = "folder"
     path: str = ""
-    label_field: str | None = None
-    """Record field whose value is the class name in zero-shot evaluation; None: retrieval only."""
+    """A file, folder or URL; for sharded formats also a pattern with * or {0000..0099}, or several after commas; for
+    `tfds` the name of the data set, as in tfds.load."""
+    eval_path: str = ""
+    """Evaluation data of the same format. Empty: the source's own evaluation split or, where the format has none,
+    every ``eval_every``-th sample is held out."""
+    eval_every: int = Field(default=100, ge=2)
+    fields: FieldsConfig = Field(default_factory=FieldsConfig)
     toyworld: ToyWorldConfig = Field(default_factory=ToyWorldConfig)
     folder: FolderConfig = Field(default_factory=FolderConfig)
+    tfds: TfdsConfig = Field(default_factory=TfdsConfig)
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class PartConfig(SourceConfig):
+    """One part of a mixture."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the samples, in proportion to the other parts' weights."""
+    captions: CaptionRules | None = None
+    """None: those of ``data.captions``."""
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class LimitsConfig:
+    """What a sample may be. One beyond these, or unreadable, is replaced by the next one of its source."""
+
+    replaced_share: float = Field(default=0.1, gt=0, le=1)
+    """The run stops when more than this share of all samples so far (at least 1,000) had to be replaced."""
+    image_bytes: int = Field(default=64 * 2**20, ge=1)
+    pixels: int = Field(default=64 * 2**20, ge=1)
+    """Width times height, by the image's header; a larger image is not decoded."""
+    image_side: int = Field(default=2, ge=1)
+    """Fewest pixels of the shorter side: images of a single pixel come from tracking."""
+    caption_characters: int = Field(default=10_000, ge=1)
+    """A longer caption is cut."""
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class DataConfig(SourceConfig):
+    """Where samples come from and how they become batches."""
+
+    mixture: dict[str, PartConfig] = Field(default_factory=dict)
+    """Named sources in proportion to their weights, in place of ``data.source``."""
+    changed: Literal["refuse", "accept"] = "refuse"
+    """Whether a run may be resumed on data that is not what it began with."""
+    index_dir: str = ""
+    """Where indices of tar shards are kept; empty: llip_jax in the user's cache folder."""
+    label_field: str | None = None
+    """Record field whose value is the class name in zero-shot evaluation; None: retrieval only."""
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
     augment: AugmentConfig = Field(default_factory=AugmentConfig)
     captions: CaptionConfig = Field(default_factory=CaptionConfig)
     tokenizer: TokenizerConfig = Field(default_factory=TokenizerConfig)
@@ -256,6 +363,7 @@ class DataConfig:
     threads: int = Field(default=2, ge=1)
     """Decoding threads of each process."""
     prefetch_batches: int = Field(default=2, ge=1)
+    """Batches of each process that are made ahead."""
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
@@ -351,13 +459,11 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
     """Fields in which two configurations (or parts of them) differ, as 'field: old -> new'."""
-    if not dataclasses.is_dataclass(old) or type(old) is not type(new):
+    if dataclasses.is_dataclass(old) and type(old) is type(new):
+        old, new = ({f.name: getattr(x, f.name) for f in dataclasses.fields(x)} for x in (old, new))
+    if not isinstance(old, dict) or not isinstance(new, dict) or old.keys() != new.keys():
         return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
-    return [
-        line
-        for f in dataclasses.fields(old)
-        for line in differences(getattr(old, f.name), getattr(new, f.name), f"{path}.{f.name}" if path else f.name)
-    ]
+    return [line for name in old for line in differences(old[name], new[name], f"{path}.{name}".lstrip("."))]
 
 
 def _message(kind: str, location: tuple[int | str, ...], text: str, value: Any) -> tuple[str, str]:

@@ -153,7 +153,7 @@ def record(number: int, **fields: object) -> dict[str, object]:
             ["line 3: captions is 'a dog', expected a list of strings"],
         ),
         ([record(0), record(1, captions=[])], ["line 2: captions is an empty list"]),
-        ([record(0), {"image": "1.png", "caption": ["a"]}], ["line 2: field 'captions' is missing.", "'caption'"]),
+        ([record(0), {"image": "1.png", "captons": ["a"]}], ["line 2: field 'captions' is missing.", "'captons'"]),
         ([record(1), record(2)], ["no record is in the train split 'train'", "'val' (2 records)"]),
     ],
 )
@@ -166,7 +166,7 @@ def test_folder_with_mistakes(call: Called, tmp_path: Path, lines: Sequence[obje
 def test_missing_folder(call: Called, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path, message in (
-        (tmp_path / "nowhere", f"data.path: '{tmp_path / 'nowhere'}' is not a folder"),
+        (tmp_path / "nowhere", f"data.path: '{tmp_path / 'nowhere'}' is neither a folder nor a file"),
         (tmp_path / "empty", "captions.jsonl does not exist"),
         ("", "data.path: is empty, expected the folder that holds captions.jsonl"),
     ):

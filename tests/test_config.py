@@ -86,7 +86,10 @@ def test_whole_numbers_are_numbers() -> None:
         ({"train": None}, "train: None is not valid"),
         ({"seed": 2**31}, f"seed: {2**31} is not valid"),
         ({"data": {"path": 123}}, "data.path: 123 is not valid"),
-        ({"data": {"source": "tar"}}, "data.source: 'tar' is not valid: input should be 'toyworld' or 'folder'"),
+        (
+            {"data": {"source": "tar"}},
+            "data.source: 'tar' is not valid: input should be 'toyworld', 'folder', 'webdataset', ",
+        ),
         ({"data": {"toyworld": {"aspects": (3, 2)}}}, "data.toyworld.aspects: "),
         ({"data": {"augment": {"crop_scale": (0.0, 1.0)}}}, "data.augment.crop_scale: "),
         ({"model": {"image_mean": (0.5, 0.5)}}, "model.image_mean"),

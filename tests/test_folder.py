@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from llip_jax.config import ConfigError, FolderConfig
-from llip_jax.data import folder
-from llip_jax.data.folder import FolderSource
-from llip_jax.data.images import ImageError, decode
+from llip_jax.data.formats import folder
+from llip_jax.data.formats.folder import FolderSource
+from llip_jax.data.images import open_picture
+from llip_jax.data.records import BadSample, fingerprint
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -104,18 +105,18 @@ def test_fingerprint(tmp_path):
     lines = [entry(0), entry(1), entry(2, split="val")]
     write(tmp_path, lines)
 
-    def fingerprint():
-        return FolderSource(tmp_path, FolderConfig(), "train").fingerprint()
+    def now():
+        return fingerprint(FolderSource(tmp_path, FolderConfig(), "train").identity())
 
-    first = fingerprint()
-    assert fingerprint() == first
+    first = now()
+    assert now() == first
     write(tmp_path, [entry(0), entry(1), entry(2, split="val", captions=["other"])])
-    assert fingerprint() == first
+    assert now() == first
     with (tmp_path / "images/1.png").open("ab") as stream:
         stream.write(b"x")
-    grown = fingerprint()
+    grown = now()
     write(tmp_path, [entry(0), entry(1, captions=["other"]), entry(2, split="val")])
-    assert len({first, grown, fingerprint()}) == 3
+    assert len({first, grown, now()}) == 3
 
 
 def test_blank_lines_and_line_ends(tmp_path):
@@ -132,7 +133,7 @@ def test_blank_lines_and_line_ends(tmp_path):
         ("[" * 100_000, "not valid JSON ("),
         ("3", "expected a JSON object, got 3"),
         ({"captions": ["a"]}, "field 'image' is missing."),
-        ({"image": "images/0.png", "caption": ["a"]}, "field 'captions' is missing. Did you mean 'caption'?"),
+        ({"image": "images/0.png", "capture": ["a"]}, "field 'captions' is missing. Did you mean 'capture'?"),
         (entry(0, captions="a cat"), "captions is 'a cat', expected a list of strings"),
         (entry(0, captions={"a": 1}), "captions is {'a': 1}, expected a list of strings"),
         (entry(0, captions=[]), "captions is an empty list, expected at least one caption"),
@@ -169,14 +170,14 @@ def test_other_bad_files(tmp_path):
     def refused(message):
         return pytest.raises(ConfigError, match=message)
 
-    with refused("data.path: '.*nowhere' is not a folder"):
+    with refused("data.path: '.*nowhere' is neither a folder nor a file that ends in .jsonl, .csv, .tsv"):
         FolderSource(tmp_path / "nowhere", FolderConfig(), "train")
     with refused("data.path: .*captions.jsonl does not exist; expected one JSON object a line"):
         FolderSource(tmp_path, FolderConfig(), "train")
     file = tmp_path / "captions.jsonl"
     for text in ("", "\n \n"):
         file.write_text(text)
-        with refused("captions.jsonl is empty; expected one JSON object a line"):
+        with refused("captions.jsonl is empty; expected one record a line"):
             FolderSource(tmp_path, FolderConfig(), "train")
     file.write_bytes(b'{"image": "\xff"}\n')
     with refused("line 1: not UTF-8 .*0xff"):
@@ -230,7 +231,7 @@ def test_reading_is_bounded(tmp_path):
     write(tmp_path, [entry(0), entry(1)])
     source = FolderSource(tmp_path, FolderConfig(), "train")
     os.truncate(tmp_path / "images/0.png", folder.MAX_IMAGE_BYTES + 1)
-    with pytest.raises(ImageError, match=r"images/0.png: file of 67108865 bytes is larger than 67108864"):
+    with pytest.raises(BadSample, match=r"images/0.png: file of 67108865 bytes is larger than 67108864"):
         source[0]
     (tmp_path / "images/1.png").unlink()
     with pytest.raises(FileNotFoundError):
@@ -253,7 +254,7 @@ def test_emoji():
     assert [held_out[i].name for i in range(len(held_out))] == [line["image"] for line in kept]
     record = held_out[len(kept) // 2]
     assert record.specific == kept[len(kept) // 2]["n_names"] and record.fields["vendor"] == "openmoji"
-    assert decode(record.image).shape == (64, 64, 3)
+    assert open_picture(record.image).decode(1.0).shape == (64, 64, 3)
     assert any(line["category"] == "Flags" for line in lines)
 
 
@@ -266,4 +267,4 @@ def test_coco_photos():
     for record in (source[i] for i in range(0, 125, 25)):
         assert record.specific == len(record.captions) == 5
         with Image.open(path / record.name) as image:
-            np.testing.assert_array_equal(decode(record.image), np.asarray(image.convert("RGB")))
+            np.testing.assert_array_equal(open_picture(record.image).decode(1.0), np.asarray(image.convert("RGB")))

@@ -1,5 +1,6 @@
 """The training order, batches under any division of the work, replacement of bad images, evaluation, builders."""
 
+import dataclasses
 import io
 import itertools
 import subprocess
@@ -10,13 +11,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 from PIL import Image
+from run_helpers import ROOT
 
 from llip_jax.config import AugmentConfig, CaptionConfig, ConfigError, DataConfig, TokenizerConfig, ToyWorldConfig
 from llip_jax.data import pipeline
 from llip_jax.data.captions import choose_captions, generator
-from llip_jax.data.images import augment, resize_for_eval
-from llip_jax.data.pipeline import build_source, build_tokenizer, eval_images, group_hash, sample_order, train_batches
-from llip_jax.data.records import Record
+from llip_jax.data.images import resize_for_eval, training_view
+from llip_jax.data.order import epochs
+from llip_jax.data.pipeline import RateLimit, build_tokenizer, eval_images, group_hash, train_batches
+from llip_jax.data.records import REASONS, Record
+from llip_jax.data.sources import Mixture, Part, build_source
 from llip_jax.data.tokenizers import ClipTokenizer
 
 CONFIG = DataConfig(
@@ -52,15 +56,20 @@ class PictureSource:
             image = buffer.getvalue()
             image = image[: len(image) // 2] if index in self.damaged else image
         captions = tuple(f"Picture {index} caption {i}" for i in range(1 + index % 5))
-        return Record(image, captions, (len(captions) + 1) // 2, f"group {index // 2}", f"picture {index}")
+        kinds = tuple("ab"[i % 2] for i in range(len(captions)))
+        return Record(image, captions, kinds, (len(captions) + 1) // 2, f"group {index // 2}", f"picture {index}")
 
-    def fingerprint(self):
-        return str(self.size)
+    def identity(self):
+        return {"pictures": str(self.size)}
+
+
+def single(source, config=CONFIG):
+    return Mixture((Part("", source, 1.0, config.captions),))
 
 
 def batches(source=None, config=CONFIG, *, start=0, stop=9, batch_size=8, seed=4, **processes):
     iterator = train_batches(
-        source or PictureSource(),
+        source if isinstance(source, Mixture) else single(source or PictureSource(), config),
         ClipTokenizer(),
         config,
         image_size=SIZE,
@@ -87,23 +96,21 @@ def assert_equal(left, right):
 
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
 def test_order_visits_every_sample_once_an_epoch(size):
-    order = sample_order(size, seed=5)
-    epochs = [[order[epoch * size + i] for i in range(size)] for epoch in range(4)]
-    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
+    order = epochs(size, seed=5)
+    visits = [[order[epoch * size + i] for i in range(size)] for epoch in range(4)]
+    assert all(sorted(epoch) == list(range(size)) for epoch in visits)
     if size > 7:
-        others = [[sample_order(size, seed)[i] for i in range(size)] for seed in (4, 6)]
-        assert len({tuple(epoch) for epoch in epochs + others}) == 6
+        others = [[epochs(size, seed)[i] for i in range(size)] for seed in (4, 6)]
+        assert len({tuple(epoch) for epoch in visits + others}) == 6
 
 
 def test_neighbouring_seeds_share_no_epoch():
-    epochs = {
-        tuple(sample_order(50, seed)[50 * epoch + i] for i in range(50)) for seed in range(4) for epoch in range(4)
-    }
-    assert len(epochs) == 16
+    visits = {tuple(epochs(50, seed)[50 * epoch + i] for i in range(50)) for seed in range(4) for epoch in range(4)}
+    assert len(visits) == 16
 
 
 def test_order_far_ahead():
-    order = sample_order(1000, seed=0)
+    order = epochs(1000, seed=0)
     start = 10**9
     assert sorted(order[start + i] for i in range(1000)) == list(range(1000))
 
@@ -125,23 +132,27 @@ def test_shapes_and_types():
             "caption_source": ((6, 3), "int32"),
             "image_group": ((6,), "int32"),
             "text_group": ((6, 3), "int32"),
-            "sample_id": ((6,), "int32"),
+            "sample_id": ((6,), "int64"),
             "replaced": ((6,), "int32"),
         }
 
 
 def test_rows_from_their_parts():
     source, tokenizer, seed = PictureSource(), ClipTokenizer(), 4
-    order = sample_order(len(source), seed)
+    order = epochs(len(source), seed)
     for step, batch in enumerate(batches(source, seed=seed, stop=6)):
         for row in range(8):
             position = step * 8 + row
             index = order[position]
             record = source[index]
             assert batch["sample_id"][row] == index and batch["replaced"][row] == 0
-            view = augment(source.pixels(index), SIZE, CONFIG.augment, generator(seed, "augment", position))
+            image = source[index].image
+            view = training_view(image, SIZE, CONFIG.augment, generator(seed, "augment", position))
             np.testing.assert_array_equal(batch["image"][row], view)
-            chosen = choose_captions(record.captions, record.specific, CONFIG.captions, seed, position)
+            choices = choose_captions(
+                record.captions, record.kinds, record.specific, CONFIG.captions, 3, seed, position
+            )
+            chosen = [choice.caption for choice in choices]
             filled = min(3, len(record.captions))
             assert len(chosen) == filled
             assert batch["caption_source"][row].tolist() == [*chosen, *[-1] * (3 - filled)]
@@ -170,11 +181,16 @@ def test_groups():
 
 
 def test_equal_captions_share_a_group():
-    record = Record(np.zeros((8, 8, 3), np.uint8), ("A red  cat ", "a RED cat", "a cat"), 3, "g", "n")
-    config = DataConfig(captions=CaptionConfig(slots=3))
-    example = pipeline.make_example(record, ClipTokenizer(), config, image_size=8, text_length=9, seed=0, position=0)
-    groups = dict(zip(example["caption_source"].tolist(), example["text_group"].tolist(), strict=True))
-    assert groups[0] == groups[1] != groups[2]
+    class One(PictureSource):
+        def __getitem__(self, index):
+            return dataclasses.replace(
+                super().__getitem__(index), captions=("A red  cat ", "a RED cat", "a cat"), kinds=("a", "a", "a")
+            )
+
+    for batch in batches(One()):
+        for sources, groups in zip(batch["caption_source"], batch["text_group"], strict=True):
+            of = dict(zip(sources.tolist(), groups.tolist(), strict=True))
+            assert of[0] == of[1] != of[2]
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -209,30 +225,40 @@ def test_threads_and_workers_give_the_same():
 def test_unreadable_samples_are_replaced_by_the_next(caplog):
     source = PictureSource(damaged=frozenset({3, 4, 22}), missing=frozenset({5, 10}))
     stands_in = {3: 6, 4: 6, 5: 6, 10: 11, 22: 0}
-    order = sample_order(23, seed=4)
+    order = epochs(23, seed=4)
     clean = batches(stop=23)
     counts = Counter()
     for step, (batch, original) in enumerate(zip(batches(source, stop=23), clean, strict=True)):
         for row in range(8):
             planned = order[step * 8 + row]
             assert batch["sample_id"][row] == stands_in.get(planned, planned)
-            assert batch["replaced"][row] == (planned in stands_in)
-            counts[planned] += batch["replaced"][row]
+            reason = "unreadable" if planned in source.missing else "truncated_image"
+            assert batch["replaced"][row] == (1 + REASONS.index(reason) if planned in stands_in else 0)
+            counts[planned] += batch["replaced"][row] > 0
             if planned not in stands_in:
                 for key in batch:
                     np.testing.assert_array_equal(batch[key][row], original[key][row])
             else:
                 assert batch["image_group"][row] == group_hash(f"group {stands_in[planned] // 2}")
     assert {index: count for index, count in counts.items() if count} == dict.fromkeys(stands_in, 8)
-    assert "sample 3 is unreadable and replaced by the next one: cannot decode image: " in caplog.text
-    assert "sample 10 is unreadable and replaced by the next one: no file for sample 10" in caplog.text
+    assert "sample 3 is replaced by the next one: truncated_image: cannot decode image: " in caplog.text
+    assert "sample 10 is replaced by the next one: unreadable: no file for sample 10" in caplog.text
+
+
+def test_bad_samples_are_told_at_a_bounded_rate(caplog):
+    source = PictureSource(size=300, missing=frozenset(range(0, 300, 2)))
+    batches(source, stop=20)
+    assert len(caplog.records) == 10
+    times = (1.0, 2.0, 3.0, 61.0, 62.5, 63.0, 70.0, 123.0)
+    limit = RateLimit(2, 60.0, iter(times).__next__)
+    assert [limit.admit() for _ in times] == [0, 0, None, None, 2, None, None, 2]
 
 
 def test_unreadable_without_end():
     source = PictureSource(size=150, missing=frozenset(range(20, 121)))
-    order = sample_order(150, seed=4)
+    order = epochs(150, seed=4)
     step = next(g for g in itertools.count() if order[g] == 20)
-    message = "100 samples in a row, from sample 20 on, are unreadable; the last one: no file for sample 119"
+    message = "100 samples in a row, from sample 20 on, cannot be used; the last one: no file for sample 119"
     with pytest.raises(ConfigError, match=message):
         batches(source, batch_size=1, start=step, stop=step + 1)
     fits = PictureSource(size=150, missing=frozenset(range(20, 120)) - {20})
@@ -240,7 +266,7 @@ def test_unreadable_without_end():
     assert batch["sample_id"] == [20]
     step = next(g for g in itertools.count() if order[g] == 21)
     (batch,) = batches(fits, batch_size=1, start=step, stop=step + 1)
-    assert batch["sample_id"] == [120] and batch["replaced"] == [1]
+    assert batch["sample_id"] == [120] and batch["replaced"] == [1 + REASONS.index("unreadable")]
 
 
 def test_other_errors_are_not_hidden():
@@ -272,7 +298,7 @@ def test_eval_images(batch_size, threads):
 def test_build_source(tmp_path):
     world = build_source(DataConfig(source="toyworld", toyworld=ToyWorldConfig(eval_size=7)), "eval", 32)
     assert len(world) == 7
-    with pytest.raises(ConfigError, match=r"data.path: is empty, expected the folder that holds captions.jsonl"):
+    with pytest.raises(ConfigError, match=r"data.path: is empty, expected the folder that holds captions.jsonl, or a"):
         build_source(DataConfig(), "train", 32)
     with pytest.raises(ConfigError, match=r"captions.jsonl does not exist"):
         build_source(DataConfig(path=str(tmp_path)), "train", 32)
@@ -283,42 +309,52 @@ def test_build_source(tmp_path):
 
 def test_build_tokenizer(tmp_path, monkeypatch):
     source, path = PictureSource(), tmp_path / "run" / "tokenizer.json"
-    assert isinstance(build_tokenizer(TokenizerConfig(), source, path), ClipTokenizer)
+    assert isinstance(build_tokenizer(TokenizerConfig(), source, path, LENGTH), ClipTokenizer)
     assert not path.exists()
     with pytest.raises(
         ConfigError, match="vocabulary_size: 49407 is too small for the tokenizer 'clip', which has 49408"
     ):
-        build_tokenizer(TokenizerConfig(vocabulary_size=49407), source, path)
+        build_tokenizer(TokenizerConfig(vocabulary_size=49407), source, path, LENGTH)
 
-    trained = build_tokenizer(TokenizerConfig(name="trained", vocabulary_size=400), source, path)
+    trained = build_tokenizer(TokenizerConfig(name="trained", vocabulary_size=400), source, path, LENGTH)
     assert 259 < trained.vocabulary_size <= 400
     saved = path.read_bytes()
     # A tokenizer of an earlier start is used as it is, whatever the source says now.
-    again = build_tokenizer(TokenizerConfig(name="trained", vocabulary_size=500), PictureSource(2), path)
+    again = build_tokenizer(TokenizerConfig(name="trained", vocabulary_size=500), PictureSource(2), path, LENGTH)
     assert path.read_bytes() == saved
-    by_path = build_tokenizer(TokenizerConfig(name=str(path)), source, tmp_path / "unused.json")
+    by_path = build_tokenizer(TokenizerConfig(name=str(path)), source, tmp_path / "unused.json", LENGTH)
     texts = ["Picture 7 caption 2"]
     for other in (again, by_path):
         np.testing.assert_array_equal(other.encode(texts, 9), trained.encode(texts, 9))
     with pytest.raises(ConfigError, match=r"neither 'clip' nor 'trained' nor an existing .*Did you mean 'clip'?"):
-        build_tokenizer(TokenizerConfig(name="clipp"), source, path)
+        build_tokenizer(TokenizerConfig(name="clipp"), source, path, LENGTH)
 
     seen = []
     monkeypatch.setattr(pipeline, "TOKENIZER_CAPTIONS", 30)
     monkeypatch.setattr(pipeline, "train_tokenizer", lambda texts, size, path: seen.extend(texts) or trained)
     missing = frozenset(range(0, 1000, 3))
-    build_tokenizer(TokenizerConfig(name="trained"), PictureSource(1000, missing=missing), tmp_path / "other.json")
+    build_tokenizer(
+        TokenizerConfig(name="trained"), PictureSource(1000, missing=missing), tmp_path / "other.json", LENGTH
+    )
     assert len(seen) == 30
     numbers = {int(text.split()[1]) for text in seen}
     assert not numbers & missing
     assert min(numbers) < 500 < max(numbers)
 
 
-@pytest.mark.parametrize("module", ["captions", "folder", "images", "tokenizers", "pipeline"])
+DATA_MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "llip_jax" / "data").rglob("*.py")
+    if path.name != "__init__.py"
+)
+WITH_GRAIN = ("order", "sources", "pipeline", "shards", "local", "beam")
+
+
+@pytest.mark.parametrize("module", DATA_MODULES)
 def test_jax_is_not_needed(module):
     """Grain imports jax for profiling where it finds it, and does without where it does not."""
-    code = f"import sys; sys.modules['jax'] = sys.modules['flax'] = None; import llip_jax.data.{module}"
+    code = f"import sys; sys.modules['jax'] = sys.modules['flax'] = None; import {module}"
     subprocess.run([sys.executable, "-c", code], check=True)
-    if module != "pipeline":
-        code = f"import sys, llip_jax.data.{module}; assert not {{'jax', 'flax', 'torch'}} & set(sys.modules)"
+    if not module.endswith(WITH_GRAIN):
+        code = f"import sys, {module}; assert not {{'jax', 'flax', 'torch'}} & set(sys.modules)"
         subprocess.run([sys.executable, "-c", code], check=True)

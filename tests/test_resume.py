@@ -134,6 +134,7 @@ def test_stopped_in_an_evaluation_between_checkpoints(tmp_path: Path) -> None:
         "data.path": tmp_path,
         "data.label_field": "label",
         "data.folder.eval_fraction": 0.4,
+        "data.limits.replaced_share": 1.0,
         "data.augment.flip": True,
         "data.augment.crop_scale": "(0.5,1.0)",
         "checkpoint.every_steps": 100,
@@ -148,6 +149,7 @@ def test_stopped_in_an_evaluation_between_checkpoints(tmp_path: Path) -> None:
     assert complete(run) == [3]
     assert not (run / "eval/3.json").exists()
     assert train(run, fields).returncode == 0
+    assert metrics(run)[-1]["replaced_by_reason"] == {"not_an_image": metrics(run)[-1]["replaced_samples"]}
     assert metrics(run)[-1]["replaced_samples"] > 0
     assert json.loads((run / "eval/3.json").read_text())["unreadable_images"] > 0
     assert_same_run(run, reference)

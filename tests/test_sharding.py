@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 from run_helpers import call_on_devices, temporary_folder, tiny_config
 
 from llip_jax.config import CheckpointConfig, ConfigError, MeshConfig
-from llip_jax.data.pipeline import build_source, build_tokenizer, train_batches
+from llip_jax.data.pipeline import build_tokenizer, train_batches
+from llip_jax.data.sources import build_source
 from llip_jax.parallel.mesh import batch_shards, make_mesh
 from llip_jax.parallel.sharding import AT_REST, batch_sharding, constrain, partition_spec
 from llip_jax.training import loop
@@ -42,7 +43,7 @@ def train_on_meshes() -> dict[str, Any]:
     config = tiny_config(train={"steps": STEPS, "batch_size": 16})
     source = build_source(config.data, "train", config.model.image_size)
     folder = temporary_folder()
-    tokenizer = build_tokenizer(config.data.tokenizer, source, folder / "tokenizer.json")
+    tokenizer = build_tokenizer(config.data.tokenizer, source, folder / "tokenizer.json", config.model.text.length)
     batches = list(
         train_batches(
             source,

@@ -37,6 +37,7 @@ ALL_FIELDS = {
     "logit_scale",
     "logit_bias",
     "replaced_samples",
+    "replaced_by_reason",
     "sample_hash",
 }
 
@@ -46,7 +47,7 @@ ALL_FIELDS = {
 def test_run_directory_has_the_documented_contents() -> None:
     workdir = finished_run()
     names = {path.name for path in workdir.iterdir()}
-    files = {"config.json", "model.txt", "metrics.jsonl", "tokenizer.json"}
+    files = {"config.json", "data.json", "model.txt", "metrics.jsonl", "tokenizer.json"}
     assert names == files | {"tensorboard", "checkpoints", "eval"}
     assert resolve(json.loads((workdir / "config.json").read_text())) == tiny_config()
     assert {path.name for path in (workdir / "eval").iterdir()} == {"3.json", "6.json", "8.json"}
@@ -69,7 +70,7 @@ def test_metrics_have_the_documented_fields_with_sane_values() -> None:
         assert 0 <= line["data_wait_fraction"] <= 1
         assert line["mfu"] is None  # no peak is known of a CPU
         assert line["grad_norm"] > 0
-        assert line["replaced_samples"] == 0
+        assert line["replaced_samples"] == 0 and line["replaced_by_reason"] == {}
     assert lines[0]["learning_rate"] == 0
     assert lines[0]["logit_scale"] == pytest.approx(10)
     assert lines[0]["logit_bias"] == pytest.approx(math.log(1 / 15))  # the log-odds of one match among 16

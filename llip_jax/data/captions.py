@@ -1,11 +1,30 @@
 """Caption recipes: which captions of a record fill the slots of a training step."""
 
+import re
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from llip_jax.config import CaptionConfig
+from llip_jax.config import CaptionRules
+
+_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+")
+
+
+class Choice(NamedTuple):
+    """The text of one slot, and the caption it is taken from."""
+
+    caption: int
+    text: str
+
+
+class _Piece(NamedTuple):
+    """What one draw may take: a caption, or a run of its sentences from ``start`` on."""
+
+    caption: int
+    sentences: list[str]
+    start: int
 
 
 def generator(seed: int, stream: str, index: int) -> np.random.Generator:
@@ -14,22 +33,79 @@ def generator(seed: int, stream: str, index: int) -> np.random.Generator:
 
 
 def choose_captions(
-    captions: Sequence[str], specific: int, config: CaptionConfig, seed: int, index: int
-) -> tuple[int, ...]:
-    """Draws captions without replacement, one a slot; a pure function of its arguments.
+    captions: Sequence[str],
+    kinds: Sequence[str],
+    specific: int,
+    rules: CaptionRules,
+    slots: int,
+    seed: int,
+    index: int,
+) -> tuple[Choice, ...]:
+    """Draws texts without replacement, one a slot; a pure function of its arguments.
 
-    Each slot is drawn, with ``config.specific_probability`` and while any is left, from the leading ``specific``
-    captions, and otherwise from all that are left.
+    A slot draws a kind by ``rules.weights`` (slot 0: ``rules.first``), then, with ``rules.specific_probability`` and
+    while any is left, one of the leading ``specific`` captions, and otherwise any that is left.
+
+    Args:
+        captions, kinds, specific: as in :class:`llip_jax.data.records.Record`.
+        rules: see :class:`llip_jax.config.CaptionRules`.
+        slots: most texts to draw.
+        seed, index: of the run, and the global position.
 
     Returns:
-        Indices into ``captions`` in slot order: ``config.slots`` of them, or all where there are fewer captions.
+        Choices in slot order: ``slots`` of them, or fewer where nothing is left to draw.
     """
     rng = generator(seed, "captions", index)
-    remaining = list(range(len(captions)))
-    chosen: list[int] = []
-    for _ in range(min(config.slots, len(captions))):
-        preferred = [i for i in remaining if i < specific]
-        pool = preferred if preferred and rng.random() < config.specific_probability else remaining
-        chosen.append(pool[rng.integers(len(pool))])
-        remaining.remove(chosen[-1])
+    remaining = [piece for i, kind in enumerate(kinds) for piece in _pieces(i, captions[i], kind, rules)]
+    chosen: list[Choice] = []
+    for slot in range(slots):
+        if not remaining:
+            break
+        pool = _of_one_kind(remaining, kinds, rules, slot, rng)
+        preferred = [piece for piece in pool if piece.caption < specific]
+        if preferred and rng.random() < rules.specific_probability:
+            pool = preferred
+        piece = pool[rng.integers(len(pool))]
+        remaining.remove(piece)
+        choice = Choice(piece.caption, _text(piece, kinds[piece.caption], rules, rng))
+        if len(choice.text.split()) < rules.min_words:
+            choice = Choice(0, captions[0])
+            remaining = [piece for piece in remaining if piece.caption != 0]
+        if choice not in chosen:
+            chosen.append(choice)
     return tuple(chosen)
+
+
+def _pieces(caption: int, text: str, kind: str, rules: CaptionRules) -> list[_Piece]:
+    if kind not in rules.sentences:
+        return [_Piece(caption, [text], 0)]
+    sentences = _SENTENCE_END.split(text.strip())
+    return [_Piece(caption, sentences, start) for start in range(len(sentences))]
+
+
+def _of_one_kind(
+    pieces: list[_Piece], kinds: Sequence[str], rules: CaptionRules, slot: int, rng: np.random.Generator
+) -> list[_Piece]:
+    """The pieces of the kind that this slot draws; all of them where the rules do not say."""
+    if slot == 0 and rules.first is not None:
+        pool = [piece for piece in pieces if kinds[piece.caption] == rules.first]
+        if pool:
+            return pool
+    if not rules.weights:
+        return pieces
+    present = sorted({kinds[piece.caption] for piece in pieces})
+    weights = np.array([rules.weights.get(kind, 0.0) for kind in present])
+    if not weights.any():
+        return pieces
+    kind = present[np.searchsorted(np.cumsum(weights) / weights.sum(), rng.random(), side="right")]
+    return [piece for piece in pieces if kinds[piece.caption] == kind]
+
+
+def _text(piece: _Piece, kind: str, rules: CaptionRules, rng: np.random.Generator) -> str:
+    if kind not in rules.sentences:
+        return piece.sentences[0]
+    fewest, most = rules.sentences[kind]
+    length = int(rng.integers(fewest, most + 1))
+    # A run that begins too near the end begins earlier.
+    start = max(min(piece.start, len(piece.sentences) - length), 0)
+    return " ".join(piece.sentences[start : start + length])

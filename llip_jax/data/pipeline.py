@@ -1,4 +1,4 @@
-"""From a source to host batches: the training order, examples, batches, and images for evaluation.
+"""From a source to host batches: examples, batches, and images for evaluation.
 
 Training visits global positions g = 0, 1, 2, ...: step s of global batch size B holds g = s B .. s B + B - 1. The
 sample at g and everything random about it are pure functions of (seed, g), so a run may continue from any step, on
@@ -8,52 +8,48 @@ any number of processes, threads and workers, and see the same batches.
 import hashlib
 import itertools
 import logging
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, NamedTuple, cast
 
 import grain
 import numpy as np
 from absl import flags
 from jaxtyping import Int, UInt8
 
-from llip_jax.config import ConfigError, DataConfig, TokenizerConfig, nearest
-from llip_jax.data.captions import choose_captions, generator
-from llip_jax.data.folder import FolderSource
-from llip_jax.data.images import ImageError, augment, decode, resize_for_eval
-from llip_jax.data.records import Batch, Record, Source
-from llip_jax.data.tokenizers import ClipTokenizer, Tokenizer, load_tokenizer, train_tokenizer
-from llip_jax.data.toyworld import ToyWorld
+from llip_jax.config import ConfigError, DataConfig, LimitsConfig, TokenizerConfig, nearest
+from llip_jax.data.captions import Choice, choose_captions, generator
+from llip_jax.data.images import open_picture, resize_for_eval, training_view
+from llip_jax.data.order import epochs
+from llip_jax.data.records import REASONS, BadSample, Batch, Reason, Record, Source, batch_shapes
+from llip_jax.data.sources import Mixture, Part
+from llip_jax.data.tokenizers import ClipTokenizer, Tokenizer, check_tokenizer, load_tokenizer, train_tokenizer
 
-MAX_UNREADABLE = 100
-"""Unreadable records in a row after which training stops."""
+MAX_BAD = 100
+"""Samples in a row that cannot be used after which training stops."""
 TOKENIZER_CAPTIONS = 20_000
 """Most captions that a tokenizer is trained on."""
+
+_LOGGED_AT_ONCE, _LOG_EVERY_S = 10, 60.0
 
 _logger = logging.getLogger(__name__)
 
 
-def build_source(config: DataConfig, split: Literal["train", "eval"], image_size: int) -> Source:
-    """The source that ``config`` names; :class:`ConfigError` where its data is not as expected."""
-    if config.source == "toyworld":
-        return ToyWorld(config.toyworld, split, image_size)
-    if not config.path:
-        raise ConfigError("data.path: is empty, expected the folder that holds captions.jsonl")
-    return FolderSource(config.path, config.folder, split)
-
-
-def build_tokenizer(config: TokenizerConfig, source: Source, path: str | Path) -> Tokenizer:
+def build_tokenizer(config: TokenizerConfig, source: Source, path: str | Path, length: int) -> Tokenizer:
     """The tokenizer that ``config`` names.
 
     Args:
         config: name and size.
         source: 'trained' learns from its captions, up to ``TOKENIZER_CAPTIONS`` of randomly ordered records.
         path: where 'trained' keeps the tokenizer.json; used as it is if it exists.
+        length: tokens of a text.
 
     Raises:
-        ConfigError: no such tokenizer, or ``config.vocabulary_size`` is smaller than its vocabulary.
+        ConfigError: no such tokenizer, or one that does not fit ``config.vocabulary_size`` or ``length``.
     """
     tokenizer: Tokenizer
     if config.name == "clip":
@@ -68,81 +64,48 @@ def build_tokenizer(config: TokenizerConfig, source: Source, path: str | Path) -
         tokenizer = load_tokenizer(config.name)
     else:
         raise ConfigError(
-            f"data.tokenizer.name: {config.name!r} is neither 'clip' nor 'trained' nor an existing tokenizer.json."
-            + nearest(config.name, ["clip", "trained"])
+            f"data.tokenizer.name: {config.name!r} is neither 'clip' nor 'trained' nor an existing tokenizer.json or "
+            "SentencePiece .model." + nearest(config.name, ["clip", "trained"])
         )
-    if tokenizer.vocabulary_size > config.vocabulary_size:
-        raise ConfigError(
-            f"data.tokenizer.vocabulary_size: {config.vocabulary_size} is too small for the tokenizer "
-            f"{config.name!r}, which has {tokenizer.vocabulary_size} tokens"
-        )
+    check_tokenizer(tokenizer, config.vocabulary_size, length, config.name)
     return tokenizer
 
 
 def _shuffled_captions(source: Source) -> Iterator[str]:
     """Captions of the readable records in one fixed random order of records."""
-    order = sample_order(len(source), seed=0)
+    order = epochs(len(source), seed=0)
     for position in range(len(source)):
         try:
             record = source[order[position]]
-        except (ImageError, OSError):
+        except (BadSample, OSError):
             continue
         yield from record.captions
 
 
-def sample_order(size: int, seed: int) -> grain.MapDataset[int]:
-    """Endless sample indices by global position: every run of ``size`` positions (epoch) is another permutation."""
-    # Grain seeds epoch e with seed + e: drawing the seed keeps neighbouring seeds from repeating each other's epochs.
-    start = int(generator(seed, "order", 0).integers(2**32))
-    return grain.MapDataset.range(size).shuffle(start).repeat()
+class Example(NamedTuple):
+    """One image with the texts chosen for it, before they are tokens."""
+
+    image: UInt8[np.ndarray, "size size 3"]
+    texts: tuple[Choice, ...]
+    image_group: str
 
 
 def make_example(
-    record: Record,
-    tokenizer: Tokenizer,
-    config: DataConfig,
-    *,
-    image_size: int,
-    text_length: int,
-    seed: int,
-    position: int,
-) -> dict[str, np.ndarray]:
-    """One row of a :class:`Batch`, less ``sample_id`` and ``replaced``: a pure function of its arguments.
-
-    Empty caption slots have weight 0, padding tokens, and -1 as ``caption_source`` and ``text_group``.
-
-    Args:
-        record: image and captions.
-        tokenizer: encodes the chosen captions to ``text_length`` tokens.
-        config: how to augment and to choose captions.
-        image_size: height and width of the result in pixels.
-        text_length: tokens of a caption slot.
-        seed: seed of the run.
-        position: global position of the row.
+    record: Record, part: Part, config: DataConfig, *, image_size: int, seed: int, position: int
+) -> Example:
+    """The example that a record gives at a global position: a pure function of its arguments.
 
     Raises:
-        ImageError: the image cannot be decoded.
+        BadSample: the picture cannot be used.
     """
-    pixels = record.image
-    if isinstance(pixels, bytes):
-        # The smallest crop still has about the pixels that the view needs.
-        pixels = decode(pixels, short_side=math.ceil(image_size / math.sqrt(config.augment.crop_scale[0])))
-    chosen = choose_captions(record.captions, record.specific, config.captions, seed, position)
-    texts = [record.captions[i] for i in chosen]
-    slots, filled = config.captions.slots, len(chosen)
-    text = np.zeros((slots, text_length), np.int32)
-    text_mask = np.zeros((slots, text_length), np.int32)
-    text[:filled], text_mask[:filled] = tokenizer.encode(texts, text_length)
-    empty = [-1] * (slots - filled)
-    return {
-        "image": augment(pixels, image_size, config.augment, generator(seed, "augment", position)),
-        "text": text,
-        "text_mask": text_mask,
-        "caption_weight": np.array([1 / filled] * filled + [0] * len(empty), np.float32),
-        "caption_source": np.array([*chosen, *empty], np.int32),
-        "image_group": np.array(group_hash(record.image_group), np.int32),
-        "text_group": np.array([group_hash(" ".join(t.lower().split())) for t in texts] + empty, np.int32),
-    }
+    rng = generator(seed, "augment", position)
+    return Example(
+        image=training_view(record.image, image_size, config.augment, rng, config.limits),
+        texts=choose_captions(
+            record.captions, record.kinds, record.specific, part.rules, config.captions.slots, seed, position
+        ),
+        image_group=record.image_group,
+    )
 
 
 def group_hash(text: str) -> int:
@@ -150,11 +113,11 @@ def group_hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class BatchReader:
     """Reads this process's rows of any global batch; picklable, so that it runs in threads and in worker processes."""
 
-    source: Source
+    mixture: Mixture
     tokenizer: Tokenizer
     config: DataConfig
     image_size: int
@@ -162,41 +125,119 @@ class BatchReader:
     seed: int
     batch_size: int
     rows: range
-    order: grain.MapDataset[int]
+
+    def __post_init__(self) -> None:
+        self._order = self.mixture.order(self.seed)
+        self._log = RateLimit(_LOGGED_AT_ONCE, _LOG_EVERY_S, time.monotonic)
+        self._pool = ThreadPoolExecutor(self.config.threads, "decode")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()
 
     def __call__(self, step: int) -> Batch:
-        """The rows of batch ``step``; :class:`ConfigError` after ``MAX_UNREADABLE`` unreadable samples in a row."""
-        examples = [self._example(step * self.batch_size + row) for row in self.rows]
-        return cast(Batch, {key: np.stack([example[key] for example in examples]) for key in examples[0]})
+        """The rows of batch ``step``; :class:`ConfigError` after ``MAX_BAD`` unusable samples in a row."""
+        shapes = batch_shapes(len(self.rows), self.config.captions.slots, self.image_size, self.text_length)
+        batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        start = step * self.batch_size + self.rows.start
+        if self.config.threads == 1:
+            self._fill(batch, start, range(len(self.rows)))
+        else:
+            # Several pieces a thread, so that none waits long for the slowest.
+            size = -(-len(self.rows) // (4 * self.config.threads))
+            pieces = [range(first, min(first + size, len(self.rows))) for first in range(0, len(self.rows), size)]
+            for _ in self._pool.map(lambda rows: self._fill(batch, start, rows), pieces):
+                pass
+        return cast(Batch, batch)
 
-    def _example(self, position: int) -> dict[str, np.ndarray]:
-        """The example at a global position, or of the next readable sample after that one in the source."""
-        planned, size = self.order[position], len(self.source)
-        for attempt in range(MAX_UNREADABLE):
-            index = (planned + attempt) % size
+    def _fill(self, batch: dict[str, np.ndarray], start: int, rows: Sequence[int]) -> None:
+        """Fills rows of a batch whose row 0 is at global position ``start``."""
+        texts: list[str] = []
+        slots: list[tuple[int, int]] = []
+        batch["caption_source"][rows] = batch["text_group"][rows] = -1
+        for row in rows:
+            example, batch["sample_id"][row], batch["replaced"][row] = self._example(start + row)
+            batch["image"][row] = example.image
+            batch["image_group"][row] = group_hash(example.image_group)
+            batch["caption_weight"][row, : len(example.texts)] = 1 / len(example.texts)
+            for slot, (caption, text) in enumerate(example.texts):
+                batch["caption_source"][row, slot] = caption
+                batch["text_group"][row, slot] = group_hash(" ".join(text.lower().split()))
+                texts.append(text)
+                slots.append((row, slot))
+        index = tuple(np.array(slots).T)
+        batch["text"][index], batch["text_mask"][index] = self.tokenizer.encode(texts, self.text_length)
+
+    def _example(self, position: int) -> tuple[Example, int, int]:
+        """The example at a global position, its sample, and 0, or 1 + the number of the reason for a replacement.
+
+        A sample that cannot be used gives way to the next one of its source.
+        """
+        number, planned = self._order[position]
+        part, offset = self.mixture.parts[number], self.mixture.offsets[number]
+        first: Reason | None = None
+        for attempt in range(MAX_BAD):
+            index = (planned + attempt) % len(part.source)
             try:
                 example = make_example(
-                    self.source[index],
-                    self.tokenizer,
+                    part.source[index],
+                    part,
                     self.config,
                     image_size=self.image_size,
-                    text_length=self.text_length,
                     seed=self.seed,
                     position=position,
                 )
-            except (ImageError, OSError) as error:
-                _logger.warning("sample %d is unreadable and replaced by the next one: %s", index, error)
+            except (BadSample, OSError) as error:
                 last_error = error
+                first = first or reason_of(error)
+                if (unsaid := self._log.admit()) is not None:
+                    _logger.warning(
+                        "%ssample %d is replaced by the next one: %s: %s%s",
+                        f"{part.name}: " if part.name else "",
+                        offset + index,
+                        reason_of(error),
+                        error,
+                        f" ({unsaid} more were not told)" if unsaid else "",
+                    )
             else:
-                replaced = np.array(attempt > 0, np.int32)
-                return example | {"sample_id": np.array(index, np.int32), "replaced": replaced}
+                return example, offset + index, 0 if first is None else 1 + REASONS.index(first)
         raise ConfigError(
-            f"{MAX_UNREADABLE} samples in a row, from sample {planned} on, are unreadable; the last one: {last_error}"
+            f"{MAX_BAD} samples in a row, from sample {offset + planned} on, cannot be used; the last one: {last_error}"
         )
 
 
+def reason_of(error: BadSample | OSError) -> Reason:
+    """Why a sample cannot be used."""
+    return error.reason if isinstance(error, BadSample) else "unreadable"
+
+
+class RateLimit:
+    """Admits ``at_once`` events, then one every ``every_s`` seconds; thread-safe."""
+
+    def __init__(self, at_once: int, every_s: float, clock: Callable[[], float]):
+        self._left, self._every_s, self._clock = at_once, every_s, clock
+        self._next, self._refused = 0.0, 0
+        self._lock = threading.Lock()
+
+    def admit(self) -> int | None:
+        """How many events were refused since the last one admitted; None if this one is refused."""
+        with self._lock:
+            now = self._clock()
+            if self._left > 0:
+                self._left -= 1
+            elif now < self._next:
+                self._refused += 1
+                return None
+            self._next = now + self._every_s
+            refused, self._refused = self._refused, 0
+            return refused
+
+
 def train_batches(
-    source: Source,
+    mixture: Mixture,
     tokenizer: Tokenizer,
     config: DataConfig,
     *,
@@ -211,19 +252,19 @@ def train_batches(
 ) -> grain.DatasetIterator[Batch]:
     """Batches of the steps ``start_step`` up to and without ``stop_step``, read ahead in the background.
 
-    ``batch_size`` is global; process p of P gets the rows p B/P up to and without (p + 1) B/P. A sample whose image
-    is unreadable is replaced by the next in the source, which ``sample_id`` and ``replaced`` tell. ``close()`` of the
+    ``batch_size`` is global; process p of P gets the rows p B/P up to and without (p + 1) B/P. A sample that cannot be
+    used is replaced by the next of its source, which ``sample_id`` and ``replaced`` tell. ``close()`` of the
     iterator ends its threads and workers early.
 
     Raises:
-        ConfigError: ``batch_size`` is not a multiple of ``process_count``; on reading, ``MAX_UNREADABLE`` samples in
-            a row are unreadable.
+        ConfigError: ``batch_size`` is not a multiple of ``process_count``; on reading, ``MAX_BAD`` samples in a row
+            cannot be used.
     """
     if batch_size % process_count:
         raise ConfigError(f"train.batch_size: {batch_size} is not a multiple of the {process_count} processes")
     local = batch_size // process_count
     reader = BatchReader(
-        source=source,
+        mixture=mixture,
         tokenizer=tokenizer,
         config=config,
         image_size=image_size,
@@ -231,11 +272,10 @@ def train_batches(
         seed=seed,
         batch_size=batch_size,
         rows=range(process_index * local, (process_index + 1) * local),
-        order=sample_order(len(source), seed),
     )
-    # A thread makes whole batches: more threads than batches ahead would have nothing to do.
+    # Rows are shared out among threads by the reader. A second batch begins while the last rows of one are made.
     ahead = grain.ReadOptions(
-        num_threads=min(config.threads, config.prefetch_batches), prefetch_buffer_size=config.prefetch_batches
+        num_threads=min(2, config.threads, config.prefetch_batches), prefetch_buffer_size=config.prefetch_batches
     )
     batches = grain.MapDataset.range(start_step, stop_step).map(reader).to_iter_dataset(ahead)
     if config.workers:
@@ -248,22 +288,24 @@ def train_batches(
 
 
 def eval_images(
-    source: Source, image_size: int, batch_size: int, threads: int
+    source: Source, image_size: int, batch_size: int, threads: int, limits: LimitsConfig = LimitsConfig()
 ) -> Iterator[tuple[UInt8[np.ndarray, "b H W 3"], Int[np.ndarray, " b"]]]:
     """Images of all records in order, whole and centred, with their indices in the source.
 
-    Unreadable images are left out, so their number is ``len(source)`` less the indices seen. The last batch may be
-    smaller. Decoding runs ahead by one batch in ``threads`` threads.
+    Images that cannot be used are left out, so their number is ``len(source)`` less the indices seen. The last batch
+    may be smaller. Decoding runs ahead by one batch in ``threads`` threads.
     """
+    log = RateLimit(_LOGGED_AT_ONCE, _LOG_EVERY_S, time.monotonic)
 
     def read(index: int) -> tuple[np.ndarray, np.ndarray] | None:
         try:
-            record = source[index]
-            pixels = decode(record.image) if isinstance(record.image, bytes) else record.image
-        except (ImageError, OSError) as error:
-            _logger.warning("sample %d is unreadable and left out: %s", index, error)
+            image = source[index].image
+            pixels = open_picture(image, limits).decode(1.0) if isinstance(image, bytes) else image
+        except (BadSample, OSError) as error:
+            if log.admit() is not None:
+                _logger.warning("sample %d is left out: %s: %s", index, reason_of(error), error)
             return None
-        return resize_for_eval(pixels, image_size), np.array(index, np.int32)
+        return resize_for_eval(pixels, image_size), np.array(index, np.int64)
 
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, batch_size))
     # Grain leaves out elements that are None.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from random import Random
 from typing import Literal, NamedTuple
 
@@ -74,6 +75,7 @@ class ToyWorld:
         return Record(
             image=image,
             captions=tuple(caption.text for caption in captions),
+            kinds=("captions",) * len(captions),
             specific=len(captions),
             image_group=_digest(image.tobytes()),
             name=f"toyworld/{self.split}/{index}",
@@ -99,13 +101,13 @@ class ToyWorld:
         """The 64 class names in label order, such as 'red circle'."""
         return tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 
-    def fingerprint(self) -> str:
+    def identity(self) -> Mapping[str, str]:
         """Changes with the configuration, the split, the image size, and whatever changes the first records."""
         parts = [repr((dataclasses.asdict(self.config), self.split, self.image_size))]
         for index in range(min(16, len(self))):
             record = self[index]
             parts += [record.image_group, *record.captions]
-        return _digest("\n".join(parts).encode())
+        return {f"toyworld/{self.split}": f"{len(self)} samples, {_digest(chr(10).join(parts).encode())}"}
 
     def _stream(self, purpose: str, number: int) -> Random:
         """A random stream of its own for each seed, split, purpose and number, the same on every machine."""

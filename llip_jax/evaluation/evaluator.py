@@ -13,9 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from llip_jax.config import Config, ConfigError, nearest
-from llip_jax.data.images import ImageError
+from llip_jax.data.fields import lookup
 from llip_jax.data.pipeline import eval_images
-from llip_jax.data.records import Record, Source
+from llip_jax.data.records import BadSample, Record, Source
 from llip_jax.data.tokenizers import Tokenizer
 from llip_jax.evaluation.classes import ClassSpec
 from llip_jax.evaluation.classification import accuracy
@@ -111,7 +111,7 @@ class Evaluator:
         for index in range(len(self._source)):
             try:
                 record = self._source[index]
-            except (ImageError, OSError):  # left out of every evaluation, also should it become readable
+            except (BadSample, OSError):  # left out of every evaluation, also should it become readable
                 captions.append(())
                 labels.append("")
             else:
@@ -125,11 +125,12 @@ class Evaluator:
         field = self._config.data.label_field
         if field is None:
             return ""
-        if field not in record.fields:
+        label = lookup(record.name, record.fields, field)
+        if label is None:
             raise ConfigError(
                 f"data.label_field: {record.name} has no field {field!r}.{nearest(field, list(record.fields))}"
             )
-        name = str(record.fields[field])
+        name = label.decode(errors="replace") if isinstance(label, bytes) else str(label)
         if not name.strip():
             raise ConfigError(f"data.label_field: the {field!r} of {record.name} is blank, expected a class name")
         return name
@@ -159,8 +160,9 @@ class Evaluator:
         self, params: Any, texts: TextSide, progress: Progress
     ) -> tuple[Float[np.ndarray, "N J"], Float[np.ndarray, "N d"], list[int]]:
         """Of every readable image: cosines with all texts, unconditioned embedding, and index in the source."""
-        size, threads = self._config.eval.batch_size, self._config.data.threads
-        batches, same_batches = itertools.tee(eval_images(self._source, self._config.model.image_size, size, threads))
+        size, data = self._config.eval.batch_size, self._config.data
+        images = eval_images(self._source, self._config.model.image_size, size, data.threads, data.limits)
+        batches, same_batches = itertools.tee(images)
         embeddings: deque[Array] = deque()
 
         def sides() -> Iterator[ImageSide]:

@@ -15,13 +15,13 @@ class Progress(NamedTuple):
 
     examples_seen: the data position; the next batch starts at this global index.
     elapsed_s: seconds of training so far, over all restarts.
-    replaced_samples: unreadable samples so far that others stood in for.
-    data_fingerprint: of the training source.
+    replaced: samples so far that others stood in for, by what was wrong with them.
+    data_fingerprint: of the training data and the tokenizer.
     """
 
     examples_seen: int
     elapsed_s: float
-    replaced_samples: int
+    replaced: dict[str, int]
     data_fingerprint: str
 
 

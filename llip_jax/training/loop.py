@@ -1,22 +1,23 @@
 """The training loop: effects around a pure step."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
+from llip_jax.command_line import EXIT_FINISHED, EXIT_STOPPED
 from llip_jax.config import Config, ConfigError, resolve, to_dict
 from llip_jax.config_files import overridden
-from llip_jax.data.pipeline import build_source, build_tokenizer, train_batches
-from llip_jax.data.records import Batch
+from llip_jax.data.pipeline import build_tokenizer, train_batches
+from llip_jax.data.records import Batch, batch_shapes, fingerprint
+from llip_jax.data.sources import build_source
 from llip_jax.evaluation.evaluator import Evaluator
 from llip_jax.evaluation.results import summary
 from llip_jax.ops.plan import at_hand
@@ -31,8 +32,6 @@ from llip_jax.training.preemption import Stopped, StopRequest
 from llip_jax.training.recorder import Recorder
 from llip_jax.training.state import StateSpec, TrainState, init_state, state_spec
 from llip_jax.training.step import DEVICE_COLUMNS, TrainStep, make_train_step
-
-EXIT_FINISHED, EXIT_STOPPED = 0, 75
 
 
 def check(config: Config) -> str:
@@ -73,11 +72,12 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
         # XLA compiles outside the interpreter lock: tokenizer and state are made meanwhile.
         train_step = make_train_step(config, spec, optimizer)
         compiling = background.submit(compile_step, train_step, config, spec, mesh)
-        tokenizer = build_tokenizer(config.data.tokenizer, source, workdir / "tokenizer.json")
+        tokenizer = build_tokenizer(config.data.tokenizer, source, workdir / "tokenizer.json", config.model.text.length)
         evaluator = Evaluator(config, spec.graph, mesh, eval_source, tokenizer)
         data_ready = clock()
-        state, progress = _restore_or_init(config, checkpoints, optimizer, spec, source.fingerprint())
-        run_directory.describe(workdir, config, spec.abstract)
+        identity = {**source.identity(), "tokenizer": tokenizer.fingerprint}
+        state, progress = _restore_or_init(config, checkpoints, optimizer, spec, workdir, identity)
+        run_directory.describe(workdir, config, spec.abstract, identity)
         state_ready = clock()
         compiled_step = compiling.result()
         print(
@@ -105,7 +105,7 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
         try:
             with progress_bar(config.train.steps, start, "step", "training") as bar:
                 ideal_step_s = peak and train_step_flops(config) / peak
-                recorder = Recorder(config, writer, bar, clock, ideal_step_s, progress.replaced_samples)
+                recorder = Recorder(config, writer, bar, clock, ideal_step_s, progress.replaced)
                 loop = _Loop(
                     config=config,
                     workdir=workdir,
@@ -144,7 +144,7 @@ def evaluate_run(workdir: Path, step: int | None = None, overrides: Sequence[str
         raise ConfigError(
             f"{tokenizer_file} is missing: the checkpoint means nothing without the tokenizer it learned with"
         )
-    tokenizer = build_tokenizer(config.data.tokenizer, source, tokenizer_file)
+    tokenizer = build_tokenizer(config.data.tokenizer, source, tokenizer_file, config.model.text.length)
     with jax.set_mesh(mesh):
         spec = state_spec(config, make_optimizer(config.optimizer, config.train.steps), mesh)
         params = checkpoints.restore_params(step, spec.abstract.params)
@@ -209,7 +209,7 @@ class _Loop:
         now = progress._replace(
             examples_seen=step * self.config.train.batch_size,
             elapsed_s=progress.elapsed_s + self.clock() - begun_run,
-            replaced_samples=self.recorder.replaced_samples,
+            replaced=dict(self.recorder.replaced),
         )
         self.checkpoints.save(state, now)
 
@@ -281,17 +281,9 @@ def _check_pair_scores(config: Config, mesh: Mesh) -> None:
 
 def compile_step(train_step: TrainStep, config: Config, spec: StateSpec, mesh: Mesh) -> TrainStep:
     """The step compiled ahead of time for the one batch shape of the run: a second shape is an error, not a stall."""
-    batch, slots, length = config.train.batch_size, config.data.captions.slots, config.model.text.length
-    side = config.model.image_size
-    shapes = {
-        "image": ((batch, side, side, 3), np.uint8),
-        "text": ((batch, slots, length), np.int32),
-        "text_mask": ((batch, slots, length), np.int32),
-        "caption_weight": ((batch, slots), np.float32),
-        "image_group": ((batch,), np.int32),
-        "text_group": ((batch, slots), np.int32),
-        "replaced": ((batch,), np.int32),
-    }
+    shapes = batch_shapes(
+        config.train.batch_size, config.data.captions.slots, config.model.image_size, config.model.text.length
+    )
     sharding = batch_sharding(mesh)
     abstract = {name: jax.ShapeDtypeStruct(*shapes[name], sharding=sharding) for name in DEVICE_COLUMNS}
     with jax.set_mesh(mesh):  # a setting of the thread, and this runs in one of its own
@@ -304,18 +296,23 @@ def _restore_or_init(
     checkpoints: Checkpoints,
     optimizer: optax.GradientTransformation,
     spec: StateSpec,
-    data_fingerprint: str,
+    workdir: Path,
+    identity: Mapping[str, str],
 ) -> tuple[TrainState, Progress]:
-    step = checkpoints.latest
+    step, now = checkpoints.latest, fingerprint(identity)
     if step is None:
-        return init_state(config, optimizer, spec), Progress(0, 0.0, 0, data_fingerprint)
+        return init_state(config, optimizer, spec), Progress(0, 0.0, {}, now)
     if step > config.train.steps:
         raise ConfigError(f"train.steps={config.train.steps}, but the run directory holds a checkpoint of step {step}")
     state, progress = checkpoints.restore(step, spec.abstract)
-    if progress.data_fingerprint != data_fingerprint:
-        raise ConfigError(
-            f"data: the training data has changed since checkpoint {step} (fingerprint {progress.data_fingerprint}, "
-            f"now {data_fingerprint}): the run cannot go on exactly. Put the data back, or use a new run directory."
-        )
+    if progress.data_fingerprint != now:
+        changes = "\n".join(f"  {line}" for line in run_directory.data_changes(workdir, identity))
+        if config.data.changed == "refuse":
+            raise ConfigError(
+                f"data: the training data has changed since checkpoint {step}, so the run cannot go on exactly. Put it "
+                f"back, use a new run directory, or set data.changed='accept':\n{changes}"
+            )
+        print(f"data has changed since checkpoint {step}, accepted by data.changed:\n{changes}")
+        progress = progress._replace(data_fingerprint=now)
     print(f"going on from step {step} ({progress.examples_seen:,} examples, {progress.elapsed_s:.0f} s of training)")
     return state, progress

@@ -8,12 +8,17 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from llip_jax.config import Config
+from llip_jax.config import Config, ConfigError
+from llip_jax.data.records import REASONS
 from llip_jax.training.metrics import MetricsWriter
 
 
 class Diverged(FloatingPointError):
     """Loss or gradient became infinite or NaN; the last checkpoint is from before that."""
+
+
+_FEWEST_SAMPLES = 1000
+"""Before so many the share of replaced samples is not judged."""
 
 
 class _Pending(NamedTuple):
@@ -37,16 +42,16 @@ class Recorder:
         bar: Any,
         clock: Callable[[], float],
         ideal_step_s: float | None,
-        replaced_samples: int,
+        replaced: Mapping[str, int],
     ):
         """Args:
         ideal_step_s: what a step would take at the chips' peak, None where that is unknown.
-        replaced_samples: how many samples had been replaced when the run was last saved.
+        replaced: how many samples had been replaced, by reason, when the run was last saved.
         """
         self._config, self._writer, self._bar, self._clock = config, writer, bar, clock
         self._ideal_s = ideal_step_s
         self._pending: _Pending | None = None
-        self.replaced_samples = replaced_samples
+        self.replaced = dict(replaced)
         self._settled_at: float | None = None
         self._steps, self._busy_s, self._waited_s = 0, 0.0, 0.0
 
@@ -57,6 +62,7 @@ class Recorder:
 
         Raises:
             Diverged: the step before this one is not finite.
+            ConfigError: more samples had to be replaced than ``data.limits`` allow.
         """
         if self._settled_at is None:
             self._settled_at = begun
@@ -68,7 +74,7 @@ class Recorder:
         """Waits for the last step added and logs it if due; the time until the next step begins is no step's time.
 
         Raises:
-            Diverged: it is not finite.
+            Diverged, ConfigError: as in :meth:`add`.
         """
         self._settle()
         self._settled_at = None
@@ -77,7 +83,9 @@ class Recorder:
         if self._pending is None or self._settled_at is None:
             return
         (step, metrics, sample_hash), self._pending = self._pending, None
-        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        host = jax.device_get(dict(metrics))
+        replaced = dict(zip(REASONS, host.pop("replaced").tolist(), strict=True))
+        values = {name: float(value) for name, value in host.items()}
         # A step's time is from the end of the step before it to its own end, as the host sees them.
         now = self._clock()
         self._busy_s, self._settled_at, self._steps = self._busy_s + now - self._settled_at, now, self._steps + 1
@@ -87,11 +95,24 @@ class Recorder:
                 "are not finite. The newest checkpoint is from before this step. A lower optimizer.learning_rate or a "
                 "longer warm-up often helps."
             )
-        self.replaced_samples += int(values.pop("replaced_samples"))
+        self._count(step, replaced)
         self._bar.update(1)
         self._bar.set_postfix(loss=f"{values['loss']:.3f}", refresh=False)
         if step % self._config.train.log_every_steps == 0 or step == self._config.train.steps:
             self._write(step, values, sample_hash)
+
+    def _count(self, step: int, replaced: Mapping[str, int]) -> None:
+        for reason, count in replaced.items():
+            if count:
+                self.replaced[reason] = self.replaced.get(reason, 0) + count
+        total, seen = sum(self.replaced.values()), step * self._config.train.batch_size
+        allowed = self._config.data.limits.replaced_share
+        if seen >= _FEWEST_SAMPLES and total > allowed * seen:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.replaced.items()))
+            raise ConfigError(
+                f"data.limits.replaced_share={allowed}: {total} of the {seen} samples up to step {step} had to be "
+                f"replaced ({reasons}); mend the data, or allow more"
+            )
 
     def _write(self, step: int, values: dict[str, float], sample_hash: int) -> None:
         step_time = self._busy_s / self._steps
@@ -104,8 +125,10 @@ class Recorder:
             "mfu": None if self._ideal_s is None else self._ideal_s / step_time,
             "logit_bias": None,
             **values,
-            "replaced_samples": self.replaced_samples,
+            "replaced_samples": sum(self.replaced.values()),
+            "replaced_by_reason": self.replaced,
             "sample_hash": sample_hash,
         }
         self._writer.write(step, line)
+        self._writer.scalars(step, self.replaced, prefix="replaced/")
         self._steps, self._busy_s, self._waited_s = 0, 0.0, 0.0

@@ -1,7 +1,8 @@
-"""The run directory's descriptive files: config.json and model.txt."""
+"""The run directory's descriptive files: config.json, data.json and model.txt."""
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ changes the parameters' shapes is told by the checkpoint itself.)"""
 
 FREE_FIELDS = (
     "data.path",
+    "data.eval_path",
+    "data.mixture.*.path",
+    "data.mixture.*.eval_path",
+    "data.tfds.data_dir",
+    "data.mixture.*.tfds.data_dir",
+    "data.index_dir",
+    "data.changed",
+    "data.limits.replaced_share",
     "data.workers",
     "data.threads",
     "data.prefetch_batches",
@@ -37,6 +46,9 @@ FREE_FIELDS = (
     "data.folder.eval_exclude",
 )
 """Exceptions: how fast data arrives, where it lies (its fingerprint is compared), and what is evaluated."""
+
+
+_CHANGES_SHOWN = 20
 
 
 def prepare(workdir: Path, config: Config) -> None:
@@ -68,10 +80,28 @@ def prepare(workdir: Path, config: Config) -> None:
             )
 
 
-def describe(workdir: Path, config: Config, state: TrainState) -> None:
-    """Writes config.json and model.txt, once data and checkpoint are known to fit this configuration."""
+def describe(workdir: Path, config: Config, state: TrainState, identity: Mapping[str, str]) -> None:
+    """Writes config.json, data.json and model.txt, once data and checkpoint are known to fit this configuration."""
     write_json(workdir / "config.json", to_dict(config))
+    write_json(workdir / "data.json", dict(identity))
     (workdir / "model.txt").write_text(parameter_table(state))
+
+
+def data_changes(workdir: Path, identity: Mapping[str, str]) -> list[str]:
+    """How the data differs from what data.json says a run began with, at most ``_CHANGES_SHOWN`` lines."""
+    try:
+        before = json.loads((workdir / "data.json").read_text())
+    except (OSError, ValueError):
+        return ["(what it was is not known: data.json is missing or damaged)"]
+    lines = [
+        f"{name}: {before.get(name, 'was not there')} -> {identity.get(name, 'is gone')}"
+        for name in dict.fromkeys((*before, *identity))
+        if before.get(name) != identity.get(name)
+    ]
+    if not lines:
+        return ["the same parts in another order"]
+    more = len(lines) - _CHANGES_SHOWN
+    return [*lines[:_CHANGES_SHOWN], f"... and {more} more"] if more > 0 else lines
 
 
 def read_config(workdir: Path) -> Config:
@@ -97,7 +127,12 @@ def drop_later_evaluations(workdir: Path, step: int) -> None:
 
 
 def _within(difference: str, fields: tuple[str, ...]) -> bool:
-    return any(difference.startswith((f"{name}.", f"{name}:")) for name in fields)
+    path = difference.partition(":")[0].split(".")
+    return any(
+        len(path) >= len(pattern := field.split("."))
+        and all(wanted in (part, "*") for part, wanted in zip(path, pattern, strict=False))
+        for field in fields
+    )
 
 
 def parameter_table(state: TrainState) -> str:

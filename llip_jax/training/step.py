@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from llip_jax.config import Config
+from llip_jax.data.records import REASONS
 from llip_jax.objectives.objective import Forward, objective
 from llip_jax.parallel.mesh import neighbour_ring
 from llip_jax.training.optimizer import clamp_logit_scale, learning_rate_schedule
 from llip_jax.training.state import StateSpec, TrainState
 
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Array]
 Batch = Mapping[str, Array]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
@@ -32,7 +33,7 @@ def make_train_step(config: Config, spec: StateSpec, optimizer: optax.GradientTr
     """``train_step(state, batch) -> (state, metrics)``, not yet compiled.
 
     Metrics are those of the parameters before the update; ``finite`` is 0 once loss, gradient or the new parameters
-    are not finite.
+    are not finite. ``replaced`` counts the replaced samples for each of data.records.REASONS.
     """
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
     ring = neighbour_ring(jax.tree.leaves(spec.shardings)[0].mesh)
@@ -54,7 +55,7 @@ def make_train_step(config: Config, spec: StateSpec, optimizer: optax.GradientTr
             "finite": jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.global_norm(params)),
             "learning_rate": schedule(state.step),
             "logit_scale": jnp.exp(state.params["log_scale"]),
-            "replaced_samples": batch["replaced"].sum(),
+            "replaced": (batch["replaced"][:, None] == jnp.arange(1, 1 + len(REASONS))).sum(0),
             **terms,
         }
         if "bias" in state.params:

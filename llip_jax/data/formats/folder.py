@@ -1,5 +1,9 @@
-"""A folder of images with ``captions.jsonl``: one JSON object a line with ``image``, ``captions`` and other fields."""
+"""Images in a folder, and a list of them: JSON lines (captions.jsonl), CSV or TSV, one record a line.
 
+Such lists are written by hand or by a script, so everything about them is checked at once and told with its line.
+"""
+
+import csv
 import hashlib
 import json
 import logging
@@ -7,15 +11,21 @@ import os
 import reprlib
 import stat
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from llip_jax.config import ConfigError, FolderConfig, nearest
-from llip_jax.data.images import ImageError
-from llip_jax.data.records import Record
+from llip_jax.config import ConfigError, FieldsConfig, FolderConfig, nearest
+from llip_jax.data.records import BadSample, Record
 
 MAX_IMAGE_BYTES = 64 * 2**20
 """Larger image files are not read."""
+
+_USUAL = FieldsConfig(image=("image", "filepath"), captions=("captions", "caption", "title"))
+"""Columns of lists whose columns are not named; the second ones are OpenCLIP's."""
+_KINDS = "captions from columns"
+"""Under this name the stored lines say which column each caption is from, where columns are named by the user."""
 
 _logger = logging.getLogger(__name__)
 
@@ -27,22 +37,35 @@ class FolderSource:
     them are held out for evaluation by a hash of the image path.
 
     Args:
-        path: the folder; image paths in ``captions.jsonl`` are relative to it and must stay inside.
+        path: a folder with captions.jsonl, or a .jsonl, .csv or .tsv file. Image paths in it are relative to its folder
+            and must stay inside.
         config: names and meaning of the record fields.
         split: "train" or "eval", which stand for ``config.train_split`` and ``config.eval_split``.
+        columns: where images and captions are called something else; each column of captions holds a list of strings
+            or a string.
 
     Raises:
-        ConfigError: anything about the folder or ``captions.jsonl`` that is not as expected, with file and line.
+        ConfigError: anything about the folder or the list that is not as expected, with file and line.
     """
 
-    def __init__(self, path: str | Path, config: FolderConfig, split: Literal["train", "eval"]):
-        self._root = Path(path)
-        self._config = config
-        if not self._root.is_dir():
-            raise ConfigError(f"data.path: {str(self._root)!r} is not a folder")
-        file = self._root / "captions.jsonl"
+    def __init__(
+        self,
+        path: str | Path,
+        config: FolderConfig,
+        split: Literal["train", "eval"],
+        columns: FieldsConfig = FieldsConfig(),
+    ):
+        file = Path(path)
+        if file.suffix not in _LISTS:
+            if not file.is_dir():
+                raise ConfigError(
+                    f"data.path: {str(path)!r} is neither a folder nor a file that ends in {', '.join(_LISTS)}"
+                )
+            file /= "captions.jsonl"
         if not file.is_file():
             raise ConfigError(f"data.path: {file} does not exist; expected one JSON object a line")
+        self._root = file.parent
+        self._config = config
 
         images = _ImageFiles(self._root)
         exclude = config.eval_exclude if split == "eval" else {}
@@ -52,30 +75,23 @@ class FolderSource:
         has_split: bool | None = None
         selected: list[str] = []
         digest = hashlib.sha256()
-        blank = 0
-        with file.open("rb") as stream:
-            for number, raw in enumerate(stream, start=1):
-                where = f"{file}, line {number}"
-                if not raw.strip():
-                    blank = number
-                    continue
-                if blank:
-                    raise ConfigError(f"{file}, line {blank}: blank line between records; expected a JSON object")
-                line, entry = _parse(raw, where)
-                _check_fields(entry, config, where)
-                size = images.size(entry["image"], where)
-                if has_split is None:
-                    has_split = config.split_field in entry
-                record_split = _split_of(entry, config, has_split, where)
-                split_sizes[record_split] += 1
-                field_names.update(entry)
-                if record_split == wanted and not any(entry.get(name) in values for name, values in exclude.items()):
-                    # The line is kept instead of its parsed form, which would take several times the memory.
-                    selected.append(line)
-                    digest.update(f"{line}\n{size}\n".encode())
+        for where, entry in _LISTS[file.suffix](file):
+            entry = _named(entry, columns, where)
+            _check_fields(entry, config, where)
+            size = images.size(entry["image"], where)
+            if has_split is None:
+                has_split = config.split_field in entry
+            record_split = _split_of(entry, config, has_split, where)
+            split_sizes[record_split] += 1
+            field_names.update(entry)
+            if record_split == wanted and not any(entry.get(name) in values for name, values in exclude.items()):
+                # JSON is kept instead of its parsed form, which would take several times the memory.
+                line = json.dumps(entry)
+                selected.append(line)
+                digest.update(f"{line}\n{size}\n".encode())
 
         if not split_sizes:
-            raise ConfigError(f"{file} is empty; expected one JSON object a line")
+            raise ConfigError(f"{file} is empty; expected one record a line")
         for unknown in sorted(set(exclude) - field_names):
             _logger.warning(
                 "data.folder.eval_exclude: no record of %s has a field %r, nothing is excluded", file, unknown
@@ -91,7 +107,7 @@ class FolderSource:
             )
             raise ConfigError(f"{file}: {reason} the {split} split {wanted!r}; splits are {sizes}{hint}")
         self._lines = tuple(selected)
-        self._fingerprint = digest.hexdigest()
+        self._identity = {f"{file.name} {split}": f"{len(selected)} records, {digest.hexdigest()}"}
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -101,27 +117,28 @@ class FolderSource:
 
         Raises:
             OSError: the file cannot be read.
-            ImageError: the file is larger than ``MAX_IMAGE_BYTES``.
+            BadSample: the file is larger than ``MAX_IMAGE_BYTES``.
         """
         fields = json.loads(self._lines[index])
-        image, captions = fields.pop("image"), fields.pop("captions")
+        image, captions, kinds = fields.pop("image"), fields.pop("captions"), fields.pop(_KINDS, None)
         with (self._root / image).open("rb") as stream:
             if (size := os.fstat(stream.fileno()).st_size) > MAX_IMAGE_BYTES:
-                raise ImageError(f"{image}: file of {size} bytes is larger than {MAX_IMAGE_BYTES}")
+                raise BadSample("image_too_large", f"{image}: file of {size} bytes is larger than {MAX_IMAGE_BYTES}")
             data = stream.read()
         duplicate = fields.get(self._config.duplicate_field)
         return Record(
             image=data,
             captions=tuple(captions),
+            kinds=("captions",) * len(captions) if kinds is None else tuple(kinds),
             specific=fields.get(self._config.specific_field, len(captions)),
             image_group=f"path:{image}" if duplicate is None else f"duplicate:{duplicate}",
             name=image,
             fields=fields,
         )
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the selected lines and the sizes of their image files."""
-        return self._fingerprint
+    def identity(self) -> Mapping[str, str]:
+        """A digest of the selected lines and the sizes of their image files."""
+        return self._identity
 
 
 class _ImageFiles:
@@ -161,17 +178,74 @@ class _ImageFiles:
         return self._listings[parent]
 
 
-def _parse(raw: bytes, where: str) -> tuple[str, dict[str, Any]]:
+def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    blank = 0
+    with file.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            if not raw.strip():
+                blank = number
+                continue
+            if blank:
+                raise ConfigError(f"{file}, line {blank}: blank line between records; expected a JSON object")
+            where = f"{file}, line {number}"
+            yield where, _parse(raw, where)
+
+
+def _table(file: Path, separator: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines of a table whose first line names the columns; an empty cell counts as none."""
     try:
-        line = raw.decode().strip()
-        entry = json.loads(line)
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, delimiter=separator, strict=True)
+            for row in reader:
+                where = f"{file}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise ConfigError(f"{where}: expected {len(reader.fieldnames or ())} cells, as in the first line")
+                yield where, {name: value for name, value in row.items() if value.strip()}
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 ({error})") from error
+    except csv.Error as error:
+        raise ConfigError(f"{file}, line {reader.line_num}: {error}") from error
+
+
+_LISTS: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
+    ".jsonl": _json_lines,
+    ".csv": partial(_table, separator=","),
+    ".tsv": partial(_table, separator="\t"),
+}
+
+
+def _named(entry: dict[str, Any], columns: FieldsConfig, where: str) -> dict[str, Any]:
+    """The entry with its image and captions under these names."""
+    chosen = bool(columns.image or columns.captions)
+    if not chosen and {"image", "captions"} <= entry.keys():
+        return entry
+    image = next((name for name in columns.image or _USUAL.image if name in entry), None)
+    texts = [name for name in columns.captions or _USUAL.captions if name in entry]
+    if image is None or not texts:
+        if not chosen:
+            return entry  # What it lacks is told in general terms.
+        wanted = " or ".join(map(repr, (columns.image or _USUAL.image) if image is None else columns.captions))
+        raise ConfigError(f"{where}: no field {wanted}; there are: {', '.join(entry)}")
+    values = {name: entry[name] if isinstance(entry[name], list) else [entry[name]] for name in texts}
+    rest = {name: value for name, value in entry.items() if name != image and name not in texts}
+    return {
+        "image": entry[image],
+        "captions": [caption for captions in values.values() for caption in captions],
+        _KINDS: [name for name, captions in values.items() for _ in captions],
+        **rest,
+    }
+
+
+def _parse(raw: bytes, where: str) -> dict[str, Any]:
+    try:
+        entry = json.loads(raw.decode().strip())
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where}: not UTF-8 ({error})") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not valid JSON ({error})") from error
     if not isinstance(entry, dict):
         raise ConfigError(f"{where}: expected a JSON object, got {reprlib.repr(entry)}")
-    return line, entry
+    return entry
 
 
 def _check_fields(entry: dict[str, Any], config: FolderConfig, where: str) -> None:

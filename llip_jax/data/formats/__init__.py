@@ -1,0 +1,1 @@
+"""Ways in which samples are stored: each module reads one."""

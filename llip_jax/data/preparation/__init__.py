@@ -1,0 +1,1 @@
+"""Any source to ArrayRecord shards, with statistics: launch/prepare_data.py."""

@@ -1,0 +1,1 @@
+"""A data set of TensorFlow Datasets, which wants a package for each."""
