@@ -55,6 +55,8 @@ def choose_captions(
     Returns:
         Choices in slot order: ``slots`` of them, or fewer where nothing is left to draw.
     """
+    if len(captions) == 1 and kinds[0] not in rules.sentences:
+        return (Choice(0, captions[0]),)  # nothing to draw, as with most web data
     rng = generator(seed, "captions", index)
     remaining = [piece for i, kind in enumerate(kinds) for piece in _pieces(i, captions[i], kind, rules)]
     chosen: list[Choice] = []

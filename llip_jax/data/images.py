@@ -61,7 +61,7 @@ def open_picture(data: bytes, limits: LimitsConfig = LimitsConfig()) -> Picture:
         pixels = _decode_any(data, limits)
         return Picture(pixels.shape[0], pixels.shape[1], lambda scale: pixels)
     _check_size(*size, limits)
-    orientation = _orientation(data) if b"Exif\0\0" in data[: 2**16] else 1
+    orientation = _orientation(data) if data.find(b"Exif\0\0", 0, 2**16) >= 0 else 1
     height, width = size[::-1] if orientation in _SIDEWAYS else size
 
     def decode(scale: float) -> Pixels:
