@@ -99,7 +99,7 @@ ARMS = (
     Arm("tf_data_bicubic", data_peers.tf_data, 2, {"cores": 2, **_BICUBIC}),
 )
 MODULES = {
-    ours: ("grain", "PIL"),
+    ours: ("grain", "simplejpeg", "cv2"),
     data_peers.open_clip: ("open_clip", "webdataset", "torch", "torchvision", "PIL"),
     data_peers.webdataset: ("webdataset", "torch", "torchvision", "PIL"),
     data_peers.tf_data: ("tensorflow",),

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pydantic
 from pydantic import Field, field_validator, model_validator
@@ -309,8 +309,9 @@ class SourceConfig:
     `tfds` the name of the data set, as in tfds.load."""
     eval_path: str = ""
     """Evaluation data of the same format. Empty: the source's own evaluation split or, where the format has none,
-    every ``eval_every``-th sample is held out."""
-    eval_every: int = Field(default=100, ge=2)
+    held-out samples."""
+    eval_samples: int = Field(default=5000, ge=1)
+    """Samples to hold out, evenly spread over the source; at most a tenth of it."""
     fields: FieldsConfig = Field(default_factory=FieldsConfig)
     toyworld: ToyWorldConfig = Field(default_factory=ToyWorldConfig)
     folder: FolderConfig = Field(default_factory=FolderConfig)
@@ -470,16 +471,20 @@ def _message(kind: str, location: tuple[int | str, ...], text: str, value: Any) 
     """What a pydantic error is about, and what is wrong with it."""
     owner: type = Config
     path: list[str] = []
-    for part in location:
+    parts = iter(location)
+    for part in parts:
         names = [f.name for f in dataclasses.fields(owner)]
         if part not in names:
             if kind == "unexpected_keyword_argument":
                 return f"{'.'.join([*path, str(part)])}: ", f"no such field.{nearest(str(part), names)}"
             break
         path.append(str(part))
-        inner = _dataclass_in(get_type_hints(owner)[str(part)])
+        hint = get_type_hints(owner)[str(part)]
+        inner = _dataclass_in(hint)
         if inner is None:
             break
+        if get_origin(hint) is dict and (key := next(parts, None)) is not None:
+            path.append(str(key))
         owner = inner
     # What follows the field's own path names alternatives of its type, not something the user wrote.
     text = text.removeprefix("Value error, ")
@@ -487,5 +492,5 @@ def _message(kind: str, location: tuple[int | str, ...], text: str, value: Any) 
 
 
 def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass in a type hint such as ``PairLossConfig | None``."""
+    """The dataclass in a type hint such as ``PairLossConfig | None`` or ``dict[str, PartConfig]``."""
     return next((t for t in (hint, *get_args(hint)) if isinstance(t, type) and dataclasses.is_dataclass(t)), None)

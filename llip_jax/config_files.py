@@ -4,9 +4,9 @@ import ast
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict
 
@@ -98,7 +98,10 @@ def _parse(path: list[str], text: str) -> Any:
     """A Python literal where the text is one (and the field is not itself a string), otherwise the text."""
     hint: Any = Config
     for name in path:
-        hint = get_type_hints(hint).get(name) if is_dataclass(hint) and name in {f.name for f in fields(hint)} else None
+        if get_origin(hint) is dict:
+            hint = get_args(hint)[1]
+        else:
+            hint = get_type_hints(hint).get(name) if is_dataclass(hint) else None
     if hint is str:
         return text
     try:

@@ -138,7 +138,7 @@ def data_configs() -> dict[str, DataConfig]:
         "tfds": DataConfig(source="tfds", path="tiny_captions", tfds=TfdsConfig(data_dir=str(root / "tfds"))),
     }
     for name in configs:
-        configs[name] = replace(configs[name], eval_every=9, folder=FolderConfig(eval_split="train"))
+        configs[name] = replace(configs[name], folder=FolderConfig(eval_split="train"))
     parts = {
         "tars": PartConfig(weight=3.0, **_source_fields(configs["webdataset"])),
         "table": PartConfig(weight=1.5, **_source_fields(configs["huggingface"])),
@@ -149,4 +149,4 @@ def data_configs() -> dict[str, DataConfig]:
 
 
 def _source_fields(config: DataConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in ("source", "path", "fields", "toyworld", "eval_every")}
+    return {name: getattr(config, name) for name in ("source", "path", "fields", "toyworld")}

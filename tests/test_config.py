@@ -1,7 +1,9 @@
 """Configuration: what is accepted comes back unchanged, what is not is named with the nearest thing that exists."""
 
+import copy
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from llip_jax.config import (
     resolve,
     to_dict,
 )
-from llip_jax.config_files import LADDER, load, with_variant
+from llip_jax.config_files import LADDER, load, overridden, with_variant
 from llip_jax.models.pooling import token_count
 from llip_jax.models.sizes import model_shape
 
@@ -225,3 +227,23 @@ def test_helpers_name_fields_that_exist() -> None:
 
 def test_mesh_defaults_take_every_device() -> None:
     assert MeshConfig() == MeshConfig(data=-1, fsdp=1, tensor=1)
+
+
+def test_fields_of_a_mixture_are_named_set_and_compared() -> None:
+    raw = {"data": {"mixture": {"web": {"source": "webdataset", "path": "a.tar"}, "toys": {"source": "toyworld"}}}}
+    for field, message in (
+        ({"wieght": 1}, "data.mixture.web.wieght: no such field. Did you mean 'weight'?"),
+        ({"weight": 0}, "data.mixture.web.weight: 0 is not valid"),
+        ({"fields": {"image": 5}}, "data.mixture.web.fields.image: 5 is not valid"),
+        ({"captions": {"min_words": 0}}, "data.mixture.web.captions.min_words: 0 is not valid"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            resolve({"data": {"mixture": {"web": field}}})
+    old = resolve(raw)
+    new = resolve(overridden(copy.deepcopy(raw), ["data.mixture.web.weight=2.5", "data.mixture.web.path=2024"]))
+    assert sorted(differences(old, new)) == [
+        "data.mixture.web.path: 'a.tar' -> '2024'",
+        "data.mixture.web.weight: 1.0 -> 2.5",
+    ]
+    del raw["data"]["mixture"]["toys"]
+    assert differences(old, resolve(raw))[0].startswith("data.mixture: {")

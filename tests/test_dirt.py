@@ -173,7 +173,7 @@ def test_every_sample_is_kept_or_replaced_and_counted(tmp_path, threads, caplog)
             source="webdataset",
             path=str(tmp_path / f"{name}.tar"),
             weight=float(len(samples)),
-            eval_every=10**6,
+            eval_samples=1,
             fields=FieldsConfig(captions=("json.caption",) if name == "json" else ()),
         )
     config = DataConfig(

@@ -82,7 +82,7 @@ def test_every_format_gives_the_same_records(name):
     else:
         assert len(held_out) == 5 and len(train) == SIZE - 5
         left = iter([train[i] for i in range(len(train))])
-        records = [held_out[i // 9] if i % 9 == 0 else next(left) for i in range(SIZE)]
+        records = [held_out[i // 10] if i % 10 == 0 else next(left) for i in range(SIZE)]
     for record, sample in zip(records, samples(), strict=True):
         assert record.image == sample.image
         assert record.captions == (sample.captions[:1] if name in FIRST_CAPTIONS_ONLY else sample.captions)
@@ -102,6 +102,21 @@ def test_batches_are_the_same_on_any_number_of_hosts_and_from_any_step(name):
         assert_equal(batches(config, start), whole[start:])
     # Two hosts stop at step 4; four go on.
     assert_equal(joined(config, 2, stop=4) + joined(config, 4, start=4), whole)
+
+
+def test_four_real_processes_share_the_global_batches_and_two_of_them_began():
+    config = config_of("mixture")
+    parts = [(config, 0, 4, process, 2) for process in range(2)] + [
+        (config, 4, STEPS, process, 4) for process in range(4)
+    ]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        made = pool.starmap(batches, parts)
+    found = [
+        {name: np.concatenate([part[name] for part in step]) for name in step[0]}
+        for hosts in (made[:2], made[2:])
+        for step in zip(*hosts, strict=True)
+    ]
+    assert_equal(found, batches(config))
 
 
 @pytest.mark.parametrize("name", ["webdataset", "huggingface", "array_record", "tfds", "mixture"])
@@ -209,12 +224,13 @@ def test_held_out_samples_are_the_rest():
             assert 0 <= index < self.size
             return index
 
-    for size in (1, 2, 9, 10, 11, 100):
-        for every in (2, 3, 10):
-            split = {name: HeldOut(Numbers(size), every, name) for name in ("train", "eval")}
+    for size in (1, 2, 9, 10, 11, 100, 1234):
+        for wanted in (1, 7, 100, 5000):
+            split = {name: HeldOut(Numbers(size), wanted, name) for name in ("train", "eval")}
             found = {name: [part[i] for i in range(len(part))] for name, part in split.items()}
-            assert found["eval"] == list(range(0, size, every))
             assert sorted(found["train"] + found["eval"]) == list(range(size))
+            assert 1 <= len(found["eval"]) <= max(1, min(wanted, -(-size // 10)))
+            assert len(set(np.diff(found["eval"]))) <= 1
 
 
 def test_identity_names_what_changed(tmp_path):

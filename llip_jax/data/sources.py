@@ -83,11 +83,19 @@ class Mixture:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Every ``every``-th sample of a source ("eval"), or the others ("train"), counted without a table of them."""
+    """About ``samples`` evenly spread samples of a source ("eval"), at most a tenth, or the others ("train").
+
+    Which ones is arithmetic: there is no table of them.
+    """
 
     source: Source
-    every: int
+    samples: int
     split: Split
+
+    @cached_property
+    def every(self) -> int:
+        """Of so many samples in a row the first is held out."""
+        return max(10, -(-len(self.source) // self.samples))
 
     def __len__(self) -> int:
         held_out = -(-len(self.source) // self.every)
@@ -149,7 +157,7 @@ def _build(config: SourceConfig, data: DataConfig, split: Split, image_size: int
         source = RowsSource(rows, fields, data.limits)
         source.check(field)
     if config.source != "tfds" and not config.eval_path:
-        source = HeldOut(source, config.eval_every, split)
+        source = HeldOut(source, config.eval_samples, split)
     if not len(source):
         raise ConfigError(f"{path_field}: {path!r} has no sample for the {split} split")
     return source
