@@ -72,6 +72,7 @@ def test_too_much_dirt_stops_the_run_with_the_reasons(tmp_path: Path) -> None:
         "data.source": "webdataset",
         "data.path": write_tars(tmp_path / "tars", rows),
         "data.index_dir": tmp_path / "index",
+        "data.label_field": None,
         "train.steps": 80,
         "checkpoint.every_steps": 100,
         "eval.every_steps": 100,
