@@ -11,7 +11,6 @@ from pathlib import Path
 from llip_jax.command_line import run, split_overrides
 from llip_jax.config import ConfigError
 from llip_jax.config_files import load
-from llip_jax.training.loop import check, train
 
 
 def main(argv: list[str]) -> int:
@@ -25,6 +24,9 @@ def main(argv: list[str]) -> int:
     words, overrides = split_overrides(argv)
     args = parser.parse_args(words)
     config = load(args.config, overrides)
+    # Here, as data workers import this file too: they need no jax.
+    from llip_jax.training.loop import check, train
+
     if args.check or config.train.steps == 0:
         print(check(config), end="")
         return 0

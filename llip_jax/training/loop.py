@@ -1,5 +1,6 @@
 """The training loop: effects around a pure step."""
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +121,9 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
                 )
                 return loop.run(state, batches, progress)
         finally:
+            batches.close()
+            del batches
+            gc.collect()  # Grain's iterator, in a cycle, holds memory shared with workers, to be freed before the exit.
             writer.close()
             checkpoints.close()
 
