@@ -5,7 +5,7 @@
 Lines may have a ``split`` (train, val); without it a tenth of the images is held out. Sized for small pictures and two
 CPU cores.
 
-Expect, on the emoji of README ("Your own images") and 2 cores: 27 minutes, image to text R@1 2.5 % and R@5 7.3 %: 40
+Expect, on the emoji of README ("Your own data") and 2 cores: 27 minutes, image to text R@1 2.5 % and R@5 7.3 %: 40
 and 23 times chance.
 
 Variants: configs/llip_folder.py:siglip, :registers, :average, :clip.

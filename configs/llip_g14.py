@@ -2,7 +2,7 @@
 
     python launch/train.py --config configs/llip_g14.py --config.data.path=FOLDER --workdir RUN
 
-FOLDER holds captions.jsonl (README, "Your own images"). Look before you train, without allocating anything:
+FOLDER holds captions.jsonl (README, "Your own data"). Look before you train, without allocating anything:
 
     python launch/train.py --config configs/llip_g14.py --check
 

@@ -12,6 +12,7 @@ Exit codes: 0 finished, 2 bad configuration or input, 75 stopped by a signal, 1 
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from llip_jax.config_files import load
 from llip_jax.data.pipeline import build_tokenizer
 from llip_jax.data.preparation.beam import write_with_beam
 from llip_jax.data.preparation.local import write_locally
-from llip_jax.data.preparation.shards import Preparation, begin, finish
+from llip_jax.data.preparation.shards import Preparation, alone, begin, finish
 from llip_jax.data.sources import build_source
 from llip_jax.training.metrics import progress_bar
 from llip_jax.training.preemption import StopRequest
@@ -48,16 +49,24 @@ def main(argv: list[str]) -> int:
         short_side=args.short_side,
         tokenizer=None if trained else build_tokenizer(config.data.tokenizer, source, "", config.model.text.length),
     )
-    missing = begin(preparation, config.data)
-    if args.runner == "beam":
-        write_with_beam(preparation, missing, beam_arguments)
-    elif not _write_locally(preparation, missing, args.workers):
-        return EXIT_STOPPED
-    statistics = finish(preparation)
+    with alone(args.out):
+        missing = begin(preparation, config.data)
+        if args.runner == "beam":
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            try:
+                write_with_beam(preparation, missing, beam_arguments)
+            except KeyboardInterrupt:
+                print("stopped: finished shards are kept, the same command goes on")
+                return EXIT_STOPPED
+        elif not _write_locally(preparation, missing, args.workers):
+            return EXIT_STOPPED
+        statistics = finish(preparation)
     print(f"{statistics.samples:,} samples: {statistics.kept:,} kept in {preparation.shards:,} shards")
     for reason, count in statistics.failed.items():
         print(f"  {count:,} left out: {reason}; first: {statistics.failures[reason][0]}")
     print(f"statistics: {preparation.out / 'index.html'}")
+    which = "data.path" if args.split == "train" else "data.eval_path"
+    print(f"to use them: data.source=array_record {which}={args.out}")
     return EXIT_FINISHED
 
 

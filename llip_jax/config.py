@@ -285,6 +285,13 @@ class FieldsConfig:
     duplicate: str | None = None
     """Column that is equal for identical images; None compares the bytes of the image files."""
 
+    @field_validator("image", "captions", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value
+
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
 class TfdsConfig:
@@ -311,7 +318,7 @@ class SourceConfig:
     """Evaluation data of the same format. Empty: the source's own evaluation split or, where the format has none,
     held-out samples."""
     eval_samples: int = Field(default=5000, ge=1)
-    """Samples to hold out, evenly spread over the source; at most a tenth of it."""
+    """Samples to hold out, evenly spread over the source: every tenth at most, and at least one."""
     fields: FieldsConfig = Field(default_factory=FieldsConfig)
     toyworld: ToyWorldConfig = Field(default_factory=ToyWorldConfig)
     folder: FolderConfig = Field(default_factory=FolderConfig)
@@ -322,10 +329,10 @@ class SourceConfig:
 class PartConfig(SourceConfig):
     """One part of a mixture."""
 
-    weight: float = Field(default=1.0, gt=0)
-    """Share of the samples, in proportion to the other parts' weights."""
+    weight: float = Field(default=1.0, ge=0)
+    """Share of the samples, in proportion to the other parts' weights; 0 leaves the part out."""
     captions: CaptionRules | None = None
-    """None: those of ``data.captions``."""
+    """In place of those of ``data.captions``; None: those."""
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
@@ -336,11 +343,12 @@ class LimitsConfig:
     """The run stops when more than this share of all samples so far (at least 1,000) had to be replaced."""
     image_bytes: int = Field(default=64 * 2**20, ge=1)
     pixels: int = Field(default=64 * 2**20, ge=1)
-    """Width times height, by the image's header; a larger image is not decoded."""
+    """Width times height, by the image's header; a larger image is not decoded. (Pillow has a limit of its own at 179
+    million, for all but ordinary JPEGs.)"""
     image_side: int = Field(default=2, ge=1)
     """Fewest pixels of the shorter side: images of a single pixel come from tracking."""
     caption_characters: int = Field(default=10_000, ge=1)
-    """A longer caption is cut."""
+    """A longer caption is cut before it is tokenized."""
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)
@@ -365,6 +373,18 @@ class DataConfig(SourceConfig):
     """Decoding threads of each process."""
     prefetch_batches: int = Field(default=2, ge=1)
     """Batches of each process that are made ahead."""
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> "DataConfig":
+        if not self.mixture:
+            return self
+        if not any(part.weight for part in self.mixture.values()):
+            raise ValueError("expected a mixture with at least one weight above 0")
+        idle = [name for name in ("path", "eval_path") if getattr(self, name)]
+        idle += ["fields"] if self.fields != FieldsConfig() else []
+        if idle:
+            raise ValueError(f"{' and '.join(idle)} have no effect beside data.mixture; set them in data.mixture.NAME")
+        return self
 
 
 @dataclass(frozen=True, config=_STRICT, kw_only=True)

@@ -107,6 +107,24 @@ def test_first_slot_of_its_own_kind():
     assert len(choose(captions, CaptionRules(first="absent"), 3, 1, 0, kinds=kinds)) == 3
 
 
+def test_slots_are_filled_while_anything_is_left():
+    threes, twos = (CaptionRules(sentences={"captions": (length, length)}) for length in (3, 2))
+    for index in range(100):
+        chosen = choose(["two words", "x", "three more words"], CaptionRules(min_words=2), 2, 4, index)
+        assert sorted(chosen) == [(0, "two words"), (2, "three more words")]
+        runs = {text for _, text in choose(["A. B. C. D. E."], threes, 3, 4, index)}
+        assert runs <= {"A. B. C.", "B. C. D.", "C. D. E."} and len(runs) >= 1
+    assert sum(len(choose(["A. B. C. D. E."], threes, 2, 4, index)) == 2 for index in range(100)) > 90
+    ends = shares(choose(["A. B. C. D. E."], twos, 1, 4, index)[0].text for index in range(4000))
+    assert len(ends) == 4 and all(close(share, 1 / 4, 4000) for share in ends.values())
+
+
+def test_sentences_of_scripts_without_spaces():
+    rules = CaptionRules(sentences={"captions": (1, 1)})
+    runs = {choose(["狗在跑。天很蓝！海呢？"], rules, 1, 4, index)[0].text for index in range(60)}
+    assert runs == {"狗在跑。", "天很蓝！", "海呢？"}
+
+
 def test_runs_of_sentences():
     """Sub-captions of long captions (DreamLIP, FLAIR), beside whole short ones."""
     long = "A dog runs. It is brown! Is it wet? The sea is blue. Waves."
@@ -116,8 +134,9 @@ def test_runs_of_sentences():
     lengths, starts = Counter(), Counter()
     for i in range(3000):
         drawn = choose(captions, rules, 3, 2, i, kinds=kinds)
-        assert len(set(drawn)) == len(drawn) and all(choice.caption == 1 for choice in drawn)
-        for choice in drawn:
+        assert len(set(drawn)) == len(drawn) == 3
+        *drawn, last = drawn if drawn[-1].caption == 1 else (*drawn[:-1], drawn[-2])  # the other one when none is left
+        for choice in (*drawn, last):
             found = [
                 (start, length)
                 for length in (1, 2, 3)

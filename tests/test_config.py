@@ -229,11 +229,21 @@ def test_mesh_defaults_take_every_device() -> None:
     assert MeshConfig() == MeshConfig(data=-1, fsdp=1, tensor=1)
 
 
+def test_what_has_no_effect_beside_a_mixture_is_refused() -> None:
+    mixture = {"a": {"source": "toyworld"}}
+    for field in ({"path": "x"}, {"eval_path": "x"}, {"fields": {"captions": ["x"]}}):
+        with pytest.raises(ConfigError, match=f"{next(iter(field))} have no effect beside data.mixture"):
+            resolve({"data": {"mixture": mixture, **field}})
+    with pytest.raises(ConfigError, match="at least one weight above 0"):
+        resolve({"data": {"mixture": {"a": {"weight": 0}}}})
+    assert resolve({"data": {"fields": {"captions": "txt"}}}).data.fields.captions == ("txt",)
+
+
 def test_fields_of_a_mixture_are_named_set_and_compared() -> None:
     raw = {"data": {"mixture": {"web": {"source": "webdataset", "path": "a.tar"}, "toys": {"source": "toyworld"}}}}
     for field, message in (
         ({"wieght": 1}, "data.mixture.web.wieght: no such field. Did you mean 'weight'?"),
-        ({"weight": 0}, "data.mixture.web.weight: 0 is not valid"),
+        ({"weight": -1}, "data.mixture.web.weight: -1 is not valid"),
         ({"fields": {"image": 5}}, "data.mixture.web.fields.image: 5 is not valid"),
         ({"captions": {"min_words": 0}}, "data.mixture.web.captions.min_words: 0 is not valid"),
     ):

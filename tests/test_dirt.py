@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llip_jax.config import AugmentConfig, DataConfig, FieldsConfig, LimitsConfig, PartConfig
-from llip_jax.data.fields import make_record
+from llip_jax.config import AugmentConfig, ConfigError, DataConfig, FieldsConfig, LimitsConfig, PartConfig
+from llip_jax.data.fields import RowsSource, make_record
 from llip_jax.data.pipeline import train_batches
 from llip_jax.data.records import REASONS, BadSample
 from llip_jax.data.sources import build_source
@@ -244,8 +244,23 @@ def test_usable_captions_stay_where_others_are_not():
     assert record_of(columns, captions=("txt", "alt")).kinds == ("txt", "alt", "alt")
 
 
-def test_long_captions_are_cut():
-    assert record_of({"txt": b"x" * 20_000}).captions == ("x" * 10_000,)
+def test_metadata_is_bounded():
+    with pytest.raises(BadSample, match="json has 2000013 bytes, more than 1048576"):
+        record_of({"json": b'{"caption":' + b" " * 2_000_000 + b"1}"}, captions=("json.caption",))
+
+
+@pytest.mark.parametrize("first", [None, 7, b"[" * 200_000, b"{", b"[1]", "x" * 2_000_000])
+def test_any_json_may_come_first(first):
+    class OneRow:
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return "0", {"json": first, "jpg": b"x"}
+
+    source = RowsSource(OneRow(), FieldsConfig(image=("jpg",), captions=("txt",)), LIMITS)
+    with pytest.raises(ConfigError, match=r"no.* column 'txt'; they have: jpg, json"):
+        source.check("data")
 
 
 def test_nested_columns_and_groups():

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llip_jax.config import ConfigError, FolderConfig
-from llip_jax.data.formats import folder
+from llip_jax.config import ConfigError, DataConfig, FieldsConfig, FolderConfig
 from llip_jax.data.formats.folder import FolderSource
 from llip_jax.data.images import open_picture
 from llip_jax.data.records import BadSample, fingerprint
+from llip_jax.data.sources import build_source
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
@@ -80,6 +80,33 @@ def test_held_out_by_hash(tmp_path):
     assert abs(len(held_out) - 100) < 4 * np.sqrt(400 * 0.25 * 0.75)
     write(tmp_path, lines[::-1][:200])
     assert {r.name for r in FolderSource(tmp_path, config, "eval")} <= set(held_out)
+
+
+def test_evaluation_data_of_its_own_is_taken_whole(tmp_path):
+    lines = [{key: value for key, value in entry(i).items() if key != "split"} for i in range(60)]
+    write(tmp_path, lines)
+    (tmp_path / "captions.jsonl").rename(tmp_path / "other.jsonl")
+    write(tmp_path, lines)
+    for split, size in (("train", 60), ("eval", 60)):
+        config = DataConfig(path=str(tmp_path), eval_path=str(tmp_path / "other.jsonl"))
+        assert len(build_source(config, split, 16)) == size
+    with pytest.raises(ConfigError, match=r"data.eval_path: .*nowhere"):
+        build_source(DataConfig(path=str(tmp_path), eval_path=str(tmp_path / "nowhere")), "eval", 16)
+
+
+@pytest.mark.parametrize("columns", [("image", "captions"), ("filepath", "title"), ("image", "caption")])
+def test_tables(tmp_path, columns):
+    write(tmp_path, [entry(0), entry(1)])
+    (tmp_path / "list.csv").write_text(f'{",".join(columns)}\nimages/0.png,"a dog, running"\nimages/1.png,b\n')
+    source = FolderSource(tmp_path / "list.csv", FolderConfig(eval_fraction=1e-9), "train")
+    assert [record.captions for record in source] == [("a dog, running",), ("b",)]
+    (tmp_path / "list.csv").write_text(f"{','.join(columns)}\nimages/0.png,a,b\n")
+    with pytest.raises(ConfigError, match=r"list.csv, line 2: expected 2 cells, as in the first line"):
+        FolderSource(tmp_path / "list.csv", FolderConfig(), "train")
+    (tmp_path / "list.csv").write_text("picture,words\nimages/0.png,a\n")
+    columns = FieldsConfig(image=("picture",), captions=("word",))
+    with pytest.raises(ConfigError, match=r"line 2: no field 'word'; there are: picture, words"):
+        FolderSource(tmp_path / "list.csv", FolderConfig(), "train", columns)
 
 
 def test_eval_exclude(tmp_path, caplog):
@@ -172,7 +199,7 @@ def test_other_bad_files(tmp_path):
 
     with refused("data.path: '.*nowhere' is neither a folder nor a file that ends in .jsonl, .csv, .tsv"):
         FolderSource(tmp_path / "nowhere", FolderConfig(), "train")
-    with refused("data.path: .*captions.jsonl does not exist; expected one JSON object a line"):
+    with refused("data.path: .*captions.jsonl does not exist; expected a list of images"):
         FolderSource(tmp_path, FolderConfig(), "train")
     file = tmp_path / "captions.jsonl"
     for text in ("", "\n \n"):
@@ -230,7 +257,7 @@ def test_symbolic_links(tmp_path):
 def test_reading_is_bounded(tmp_path):
     write(tmp_path, [entry(0), entry(1)])
     source = FolderSource(tmp_path, FolderConfig(), "train")
-    os.truncate(tmp_path / "images/0.png", folder.MAX_IMAGE_BYTES + 1)
+    os.truncate(tmp_path / "images/0.png", 64 * 2**20 + 1)
     with pytest.raises(BadSample, match=r"images/0.png: file of 67108865 bytes is larger than 67108864"):
         source[0]
     (tmp_path / "images/1.png").unlink()

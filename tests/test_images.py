@@ -168,6 +168,44 @@ def test_exif_orientation_of_jpegs(rng, orientation):
     assert picture.decode(0.5).shape == (upright.shape[0] // 2, upright.shape[1] // 2, 3)
 
 
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_view_of_a_jpeg_is_that_of_its_pixels(rng, orientation):
+    """Decoded at a fraction of its size, the crop is from the same place; seen as sharply as it can be."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(smooth(rng, 301, 402)), "JPEG", quality=95, exif=exif)
+    pixels = decode(data)
+    config = AugmentConfig(crop_scale=(0.2, 1.0), flip=True)
+    for seed in range(30):
+        for size in (16, 60, 100):
+            views = [training_view(x, size, config, np.random.default_rng(seed)).astype(int) for x in (data, pixels)]
+            # The edges of a crop are whole pixels of the picture as it was decoded.
+            assert np.abs(views[0] - views[1]).mean() < 9
+    fine = photograph(rng, 400, 400)
+    view = training_view(
+        encoded(Image.fromarray(fine), "JPEG", quality=95), 190, AugmentConfig(crop_scale=NO_CROP), rng
+    )
+    assert np.abs(view - resize_for_eval(fine, 190).astype(int)).mean() < 7
+
+
+def test_jpegs_of_endless_scans_are_refused(rng):
+    data = encoded(Image.fromarray(smooth(rng, 64, 64)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    assert 2 < data.count(b"\xff\xda") < 30
+    with bad("image_too_large", "JPEG of .* scans, more than 100"):
+        open_picture(data[:-2] + 100 * data[last:-2] + data[-2:])
+
+
+def test_xmp_orientation_counts_however_a_jpeg_is_decoded(rng):
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/"><tiff:Orientation>6</tiff:Orientation></rdf:Description></rdf:RDF></x:xmpmeta>'  # noqa: E501
+    image = smooth(rng, 32, 64)
+    data = encoded(Image.fromarray(image), "JPEG", quality=95, xmp=xmp)
+    picture = open_picture(data)
+    assert (picture.height, picture.width) == (64, 32) == decode(data).shape[:2]
+    damaged = data[:-2] + bytes(7) + data[-2:]
+    assert np.abs(decode(damaged).astype(int) - np.rot90(image, -1)).mean() < 4
+
+
 def test_harmless_damage_does_not_lose_a_jpeg(rng):
     """Garbage between markers: libjpeg warns, and goes on."""
     data = encoded(Image.fromarray(smooth(rng, 40, 40)), "JPEG")

@@ -1,6 +1,7 @@
 """The training order, batches under any division of the work, replacement of bad images, evaluation, builders."""
 
 import dataclasses
+import errno
 import io
 import itertools
 import subprocess
@@ -13,12 +14,20 @@ import pytest
 from PIL import Image
 from run_helpers import ROOT
 
-from llip_jax.config import AugmentConfig, CaptionConfig, ConfigError, DataConfig, TokenizerConfig, ToyWorldConfig
+from llip_jax.config import (
+    AugmentConfig,
+    CaptionConfig,
+    ConfigError,
+    DataConfig,
+    LimitsConfig,
+    TokenizerConfig,
+    ToyWorldConfig,
+)
 from llip_jax.data import pipeline
 from llip_jax.data.captions import choose_captions, generator
 from llip_jax.data.images import resize_for_eval, training_view
 from llip_jax.data.order import epochs
-from llip_jax.data.pipeline import RateLimit, build_tokenizer, eval_images, group_hash, train_batches
+from llip_jax.data.pipeline import RateLimit, build_tokenizer, eval_images, group_hash, read_patiently, train_batches
 from llip_jax.data.records import REASONS, Record
 from llip_jax.data.sources import Mixture, Part, build_source
 from llip_jax.data.tokenizers import ClipTokenizer
@@ -241,7 +250,7 @@ def test_unreadable_samples_are_replaced_by_the_next(caplog):
             else:
                 assert batch["image_group"][row] == group_hash(f"group {stands_in[planned] // 2}")
     assert {index: count for index, count in counts.items() if count} == dict.fromkeys(stands_in, 8)
-    assert "sample 3 is replaced by the next one: truncated_image: cannot decode image: " in caplog.text
+    assert "sample 3 is replaced by the next one: truncated_image: picture 3: cannot decode image: " in caplog.text
     assert "sample 10 is replaced by the next one: unreadable: no file for sample 10" in caplog.text
 
 
@@ -252,6 +261,44 @@ def test_bad_samples_are_told_at_a_bounded_rate(caplog):
     times = (1.0, 2.0, 3.0, 61.0, 62.5, 63.0, 70.0, 123.0)
     limit = RateLimit(2, 60.0, iter(times).__next__)
     assert [limit.admit() for _ in times] == [0, 0, None, None, 2, None, None, 2]
+
+
+def test_passing_failures_are_waited_out():
+    class Flaky(PictureSource):
+        failures = 2
+
+        def __getitem__(self, index):
+            if self.failures:
+                object.__setattr__(self, "failures", self.failures - 1)
+                raise OSError(errno.EIO, "the network is down")
+            return super().__getitem__(index)
+
+    slept = []
+    assert read_patiently(Flaky(), 3, slept.append).name == "picture 3"
+    assert slept == [0.1, 1.0]
+    with pytest.raises(FileNotFoundError):
+        read_patiently(PictureSource(missing=frozenset({3})), 3, slept.append)
+    source = Flaky()
+    object.__setattr__(source, "failures", 9)
+    with pytest.raises(OSError, match="the network is down"):
+        read_patiently(source, 3, slept.append)
+    assert slept == [0.1, 1.0, 0.1, 1.0, 10.0]
+
+
+def test_groups_of_half_characters():
+    assert group_hash("\ud800") != group_hash("\ud801")
+
+
+def test_long_captions_are_cut():
+    class Long(PictureSource):
+        def __getitem__(self, index):
+            record = super().__getitem__(index)
+            return dataclasses.replace(record, captions=("x" * 50_000,), kinds=("a",), specific=1)
+
+    config = dataclasses.replace(CONFIG, limits=LimitsConfig(caption_characters=6))
+    (batch,) = batches(Long(), config, stop=1)
+    expected = ClipTokenizer().encode(["xxxxxx"], LENGTH)[0]
+    assert (batch["text"][:, 0] == expected).all()
 
 
 def test_unreadable_without_end():

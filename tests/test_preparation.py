@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from llip_jax.data.images import open_picture
 from llip_jax.data.preparation import statistics
 from llip_jax.data.preparation.beam import write_with_beam
 from llip_jax.data.preparation.local import write_locally
-from llip_jax.data.preparation.shards import Preparation, begin, finish, write_shard
+from llip_jax.data.preparation.shards import Preparation, alone, begin, finish, write_shard
 from llip_jax.data.preparation.statistics import Histogram, Statistics, content_hash, find_repetition, save_hashes
 from llip_jax.data.records import BadSample, Record
 from llip_jax.data.sources import build_source
@@ -238,8 +239,8 @@ def test_a_folder_of_something_else_is_refused_and_the_difference_told(tmp_path,
         prepare(plan(tmp_path / "out", Samples(source.seed, 151), shards=5, short_side=9))
     for line in ("samples: 150 -> 151", "shards: 4 -> 5", "short_side: None -> 9", "identity of samples: 150 of seed"):
         assert line in str(caught.value)
-    with pytest.raises(ConfigError, match=r"data.eval_every: 100 -> 7"):
-        begin(plan(tmp_path / "out", source), DataConfig(eval_every=7))
+    with pytest.raises(ConfigError, match=r"data.eval_samples: 5000 -> 7"):
+        begin(plan(tmp_path / "out", source), DataConfig(eval_samples=7))
     assert begin(plan(tmp_path / "out", source), DataConfig(path="elsewhere", workers=7)) == []
     assert contents(tmp_path / "out") == expected
     (tmp_path / "other").mkdir()
@@ -398,3 +399,40 @@ def test_a_signal_keeps_finished_shards_and_the_command_goes_on(tmp_path, number
     assert again.returncode == 0, again.stderr
     assert "6,000 samples: 6,000 kept in 60 shards" in again.stdout
     assert all(file.stat().st_mtime_ns == stamp for file, stamp in finished.items())
+
+
+def test_what_limits_allow_is_shown_and_what_jpeg_cannot_hold_is_kept(tmp_path):
+    """A picture of one pixel's side, and one too long to be stored as a smaller JPEG."""
+    rng = np.random.default_rng(5)
+    (tmp_path / "data").mkdir()
+    for name, shape in (("thin.png", (5, 1, 3)), ("long.png", (30, 70_000, 3))):
+        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(tmp_path / "data" / name)
+    lines = [{"image": name, "captions": ["a"], "split": "train"} for name in ("thin.png", "long.png")]
+    (tmp_path / "data/captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = DataConfig(path=str(tmp_path / "data"), limits=LimitsConfig(image_side=1))
+    out = tmp_path / "out"
+    preparation = Preparation(build_source(config, "train", 16), "train", out, 1, config.limits, short_side=29)
+    out.mkdir()
+    for shard in begin(preparation, config):
+        write_shard(preparation, shard)
+    assert finish(preparation).kept == 2 and (out / "index.html").exists()
+
+
+def test_two_runs_do_not_write_to_the_same_folder(tmp_path):
+    with (
+        alone(tmp_path / "out"),
+        pytest.raises(ConfigError, match="another run is writing to"),
+        alone(tmp_path / "out"),
+    ):
+        pass
+    with alone(tmp_path / "out"):
+        pass
+
+
+def test_attempts_at_the_same_shard_do_not_disturb_each_other(tmp_path):
+    config = DataConfig(source="toyworld", toyworld=ToyWorldConfig(train_size=20))
+    preparation = Preparation(build_source(config, "train", 16), "train", tmp_path / "out", 1, config.limits)
+    begin(preparation, config)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: write_shard(preparation, 0), range(8)))
+    assert finish(preparation).kept == 20

@@ -1,12 +1,17 @@
 """Whole runs on tar shards: several caption slots, worker processes, dirt, and data that changes between runs."""
 
 import json
+import signal
 from pathlib import Path
 
 from data_formats import samples, write_tars
 from run_helpers import metrics, numbers, train
 
-from llip_jax.data.records import fingerprint
+KILL_AT_FIRST_STEP = """
+import os, signal
+from llip_jax.training import recorder
+recorder.Recorder.add = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def test_a_run_on_dirty_shards_goes_on_with_other_workers_and_tells_what_changed(tmp_path: Path) -> None:
@@ -44,21 +49,25 @@ def test_a_run_on_dirty_shards_goes_on_with_other_workers_and_tells_what_changed
     assert [line["sample_hash"] for line in numbers(run)] == [line["sample_hash"] for line in numbers(reference)]
     assert [line["replaced_by_reason"] for line in ahead] == [line["replaced_by_reason"] for line in lines[4:]]
 
-    before = json.loads((run / "data.json").read_text())
-    assert list(before) == ["00000.tar", "00001.tar", "00002.tar", "tokenizer"]
+    (before,) = json.loads((run / "data.json").read_text()).values()
+    assert list(before) == ["00000.tar", "00001.tar", "00002.tar", "held out", "tokenizer"]
     write_tars(tmp_path / "tars", dirty[:-4], each=30)
     refused = train(run, fields | {"train.steps": 8})
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert "data: the training data has changed since checkpoint 6" in refused.stderr
     assert "  00002.tar: 30 samples" in refused.stderr and "-> 26 samples" in refused.stderr
     assert "00001.tar" not in refused.stderr
-    assert json.loads((run / "data.json").read_text()) == before
+    assert list(json.loads((run / "data.json").read_text()).values()) == [before]
 
-    accepted = train(run, fields | {"train.steps": 8, "data.changed": "accept"})
+    # Killed before anything is saved, it has not begun with the new data.
+    accept = fields | {"train.steps": 8, "data.changed": "accept"}
+    assert train(run, accept, hook=KILL_AT_FIRST_STEP).returncode == -signal.SIGKILL
+    refused = train(run, fields | {"train.steps": 8})
+    assert refused.returncode == 2 and "  00002.tar: 30 samples" in refused.stderr
+
+    accepted = train(run, accept)
     assert accepted.returncode == 0, accepted.stderr
     assert "data has changed since checkpoint 6, accepted" in accepted.stdout
-    after = json.loads((run / "data.json").read_text())
-    assert fingerprint(after) != fingerprint(before)
     # From here on this is the run's data.
     assert train(run, fields | {"train.steps": 10}).returncode == 0
 

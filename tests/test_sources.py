@@ -1,10 +1,14 @@
 """Every format gives the same records, and batches that depend on nothing but seed and position."""
 
+import dataclasses
 import multiprocessing
 import pickle
+import shutil
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from data_formats import SIZE, data_configs, samples, write_parquet, write_tars
 from test_pipeline import assert_equal
@@ -20,9 +24,9 @@ from llip_jax.config import (
     TfdsConfig,
 )
 from llip_jax.data.images import resize_for_eval
-from llip_jax.data.order import SampleOrder, interleave
+from llip_jax.data.order import SampleOrder, epochs, interleave
 from llip_jax.data.pipeline import train_batches
-from llip_jax.data.records import fingerprint
+from llip_jax.data.records import BadSample, fingerprint
 from llip_jax.data.sources import HeldOut, Mixture, build_source
 from llip_jax.data.tokenizers import ClipTokenizer
 
@@ -176,17 +180,96 @@ def test_shares_of_a_mixture(weights):
 
 
 def test_each_part_of_a_mixture_is_visited_in_epochs_of_its_own():
-    order = SampleOrder(("a", "b"), (20, 7), (2.0, 1.0), seed=1)
+    order = SampleOrder(("a", "b"), (20, 9), (2.0, 1.0), seed=1)
     visits = {0: [], 1: []}
     for position in range(600):
         source, index = order[position]
         visits[source].append(index)
-    for source, size in enumerate((20, 7)):
-        epochs = np.array(visits[source][: len(visits[source]) // size * size]).reshape(-1, size)
-        assert (np.sort(epochs, 1) == np.arange(size)).all() and len({tuple(epoch) for epoch in epochs}) == len(epochs)
-    alone = SampleOrder(("b", "c"), (7, 9), (1.0, 1.0), seed=1)
+    for source, size in enumerate((20, 9)):
+        visited = np.array(visits[source][: len(visits[source]) // size * size]).reshape(-1, size)
+        assert (np.sort(visited, 1) == np.arange(size)).all() and len({tuple(epoch) for epoch in visited}) == len(
+            visited
+        )
+    alone = SampleOrder(("b", "c"), (9, 5), (1.0, 1.0), seed=1)
     first = [alone[p][1] for p in range(200) if alone[p][0] == 0]
     assert visits[1][: len(first)] == first[: len(visits[1])]
+
+
+def test_parts_of_equal_size_are_not_visited_in_step():
+    order = SampleOrder(("a", "b"), (40, 40), (1.0, 1.0), seed=1)
+    visits = [order[position] for position in range(80)]
+    assert [index for source, index in visits if source == 0] != [index for source, index in visits if source == 1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 2**16 - 1, 2**16, 2**16 + 1, 2**16 + 2, 2**17 + 1])
+def test_small_and_large_sources_are_permuted(size):
+    order = epochs(size, seed=9)
+    first, second = ([order[epoch * size + i] for i in range(size)] for epoch in (0, 7))
+    assert sorted(first) == sorted(second) == list(range(size))
+    assert size < 3 or first != second
+
+
+def test_holding_out_other_samples_is_other_data():
+    config = data_configs()["webdataset"]
+    whole = DataConfig(source="webdataset", path=config.path, eval_path=config.path, index_dir=config.index_dir)
+    held = DataConfig(source="webdataset", path=config.path, index_dir=config.index_dir)
+    before, after = (build_source(c, "train", 16).identity() for c in (held, whole))
+    assert fingerprint(before) != fingerprint(after) and before["held out"] == "every 10-th, train split"
+
+
+def test_kinds_that_no_caption_has_are_refused():
+    config = data_configs()["webdataset"]
+    for rules, setting in (
+        (CaptionConfig(first="json.captoin"), "first"),
+        (CaptionConfig(weights={"json.captoin": 1.0}), "weights"),
+        (CaptionConfig(sentences={"json.captoin": (1, 2)}), "sentences"),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"data.captions.{setting}: .*'json.captoin'. Did you mean 'json.caption'"
+        ):
+            build_source(dataclasses.replace(config, captions=rules), "train", 16)
+
+
+def test_damaged_tfds_records_are_bad_samples(tmp_path):
+    config = data_configs()["tfds"]
+    shutil.copytree(config.tfds.data_dir, tmp_path / "tfds")
+    (shard,) = (tmp_path / "tfds").rglob("*train*array_record*")
+    data = bytearray(shard.read_bytes())
+    for place in range(len(data) // 3, len(data) // 2, 400):
+        data[place] ^= 0xFF
+    shard.write_bytes(data)
+    source = build_source(dataclasses.replace(config, tfds=TfdsConfig(data_dir=str(tmp_path / "tfds"))), "train", 16)
+    outcomes = Counter()
+    for index in range(len(source)):
+        try:
+            outcomes[bool(source[index].captions)] += 1
+        except BadSample as error:
+            outcomes[error.reason] += 1
+    assert outcomes.total() == SIZE and outcomes["unreadable"] > 0
+
+
+def test_columns_of_parquet_that_python_cannot_hold_do_no_harm(tmp_path):
+    chosen = samples()[:12]
+    odd = {
+        "t": pa.array([2**62] * 12, pa.timestamp("us")),
+        "d": pa.array([2**30] * 12, pa.date32()),
+        "z": pa.array([0] * 12, pa.timestamp("s", tz="Mars/X")),
+        "bytes": pa.array([b"\xff"] * 12).cast(pa.binary()).view(pa.string()),
+        "json": pa.array([None] * 12, pa.string()),
+    }
+    texts = pa.array([b"fine"] * 11 + [b"\xff\xfe"]).view(pa.string())
+    pq.write_table(pa.table({"jpg": [s.image for s in chosen], "caption": texts, **odd}), tmp_path / "a.parquet")
+    source = build_source(DataConfig(source="parquet", path=str(tmp_path), eval_path=str(tmp_path)), "train", 16)
+    assert [source[i].captions for i in range(11)] == [("fine",)] * 11
+    with pytest.raises(BadSample) as caught:
+        source[11]
+    assert caught.value.reason == "caption_not_utf8"
+
+
+def test_splits_of_tfds_may_be_added():
+    config = data_configs()["tfds"]
+    both = TfdsConfig(data_dir=config.tfds.data_dir, train_split="train[:10]+validation")
+    assert len(build_source(dataclasses.replace(config, tfds=both), "train", 16)) == 17
 
 
 def test_interleaving_counts_what_came_before():
@@ -210,6 +293,37 @@ def test_caption_rules_of_a_part_override_the_common_ones():
         "tars": CaptionConfig(),
         "toys": CaptionConfig(),
     }
+
+
+def test_files_of_several_splits_are_refused(tmp_path):
+    write_parquet(tmp_path, "huggingface")
+    (tmp_path / "0.parquet").rename(tmp_path / "train-00000-of-00001.parquet")
+    (tmp_path / "1.parquet").rename(tmp_path / "validation-00000-of-00001.parquet")
+    (tmp_path / "stats.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "*", tmp_path / "*.parquet"):
+        config = DataConfig(source="parquet", path=str(path))
+        with pytest.raises(
+            ConfigError, match=r"several splits \(train-.*, validation-.*\); name those .* data.eval_path"
+        ):
+            build_source(config, "train", 16)
+    train, held_out = f"{tmp_path}/train-*", f"{tmp_path}/validation-*"
+    config = DataConfig(source="parquet", path=train, eval_path=held_out)
+    assert [len(build_source(config, split, 16)) for split in ("train", "eval")] == [20, 25]
+    with pytest.raises(ConfigError, match=r"names no .tar file but 'train-.*'; expected another data.source"):
+        build_source(DataConfig(source="webdataset", path=train, index_dir=str(tmp_path)), "train", 16)
+
+
+def test_parts_of_no_weight_are_left_out():
+    config = data_configs()["mixture"]
+    parts = {
+        name: dataclasses.replace(part, weight=0.0 if name == "toys" else 1.0) for name, part in config.mixture.items()
+    }
+    source = build_source(dataclasses.replace(config, mixture=parts), "train", 16)
+    assert [part.name for part in source.parts] == ["table", "tars"]
+    assert source.summary() == "80 samples (table: 40, drawn with 0.5; tars: 40, drawn with 0.5)"
+    misspelled = config.mixture | {"tarz": PartConfig(weight=2.0)}
+    with pytest.raises(ConfigError, match=r"data.mixture.tarz: has no path. .*Did you mean 'tars'"):
+        build_source(dataclasses.replace(config, mixture=misspelled), "train", 16)
 
 
 def test_held_out_samples_are_the_rest():
@@ -240,7 +354,7 @@ def test_identity_names_what_changed(tmp_path):
         return build_source(config, "train", 16).identity()
 
     before = identity()
-    assert identity() == before and list(before) == ["00000.tar", "00001.tar", "00002.tar"]
+    assert identity() == before and list(before) == ["00000.tar", "00001.tar", "00002.tar", "held out"]
     # Elsewhere it is the same data.
     moved = DataConfig(source="webdataset", path=write_tars(tmp_path / "b"), index_dir=str(tmp_path / "index"))
     assert build_source(moved, "train", 16).identity() == before
@@ -264,7 +378,10 @@ def test_identity_names_what_changed(tmp_path):
             {"source": "tfds", "path": "coco_captions"},
             "Once, with tensorflow installed .*: tfds build coco_captions --file_format=array_record --data_dir=",
         ),
-        ({"source": "parquet", "path": "{tars}"}, "data.path: .*00000.tar is not a Parquet file that can be read"),
+        (
+            {"source": "parquet", "path": "{tars}"},
+            "names no .parquet file but '00000.tar'; expected another data.source",
+        ),
         (
             {"source": "webdataset", "path": "{tars}", "captions": ("text",)},
             "data.fields.captions: none of the first samples has a column 'text'; they have: .*json.caption.*txt",

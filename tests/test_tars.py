@@ -509,3 +509,11 @@ def test_a_billion_samples_are_opened_and_read_in_little_memory(tmp_path, caplog
     assert resident_bytes() - before < 64 * 2**20
     with pytest.raises(BadSample):
         rows[next(i for i in range(100) if i not in probes and i - 1 not in probes)]
+
+
+@pytest.mark.parametrize("size", ["9" * 5000, "-1", "1e3", "\u0663"])
+def test_sizes_that_are_no_numbers_are_damage(tmp_path, size):
+    data = archive([member("a.txt"), member("b.txt"), member("c.txt", b"y", pax_headers={"size": size})])
+    (tmp_path / "x.tar").write_bytes(data)
+    rows = TarRows(find_files(str(tmp_path / "x.tar"), "data.path"), tmp_path / "index")
+    assert rows.damaged and len(rows) == 1

@@ -9,7 +9,7 @@ import numpy as np
 
 from llip_jax.config import CaptionRules
 
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*")
 
 
 class Choice(NamedTuple):
@@ -20,11 +20,11 @@ class Choice(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """What one draw may take: a caption, or a run of its sentences from ``start`` on."""
+    """What one draw takes: a caption, or one of as many runs of its sentences as it has sentences."""
 
     caption: int
-    sentences: list[str]
-    start: int
+    sentences: tuple[str, ...]
+    number: int
 
 
 def generator(seed: int, stream: str, index: int) -> np.random.Generator:
@@ -60,10 +60,8 @@ def choose_captions(
     rng = generator(seed, "captions", index)
     remaining = [piece for i, kind in enumerate(kinds) for piece in _pieces(i, captions[i], kind, rules)]
     chosen: list[Choice] = []
-    for slot in range(slots):
-        if not remaining:
-            break
-        pool = _of_one_kind(remaining, kinds, rules, slot, rng)
+    while remaining and len(chosen) < slots:
+        pool = _of_one_kind(remaining, kinds, rules, len(chosen), rng)
         preferred = [piece for piece in pool if piece.caption < specific]
         if preferred and rng.random() < rules.specific_probability:
             pool = preferred
@@ -80,9 +78,9 @@ def choose_captions(
 
 def _pieces(caption: int, text: str, kind: str, rules: CaptionRules) -> list[_Piece]:
     if kind not in rules.sentences:
-        return [_Piece(caption, [text], 0)]
-    sentences = _SENTENCE_END.split(text.strip())
-    return [_Piece(caption, sentences, start) for start in range(len(sentences))]
+        return [_Piece(caption, (text,), 0)]
+    sentences = tuple(sentence for sentence in _SENTENCE_END.split(text.strip()) if sentence)
+    return [_Piece(caption, sentences, number) for number in range(len(sentences))]
 
 
 def _of_one_kind(
@@ -107,7 +105,6 @@ def _text(piece: _Piece, kind: str, rules: CaptionRules, rng: np.random.Generato
     if kind not in rules.sentences:
         return piece.sentences[0]
     fewest, most = rules.sentences[kind]
-    length = int(rng.integers(fewest, most + 1))
-    # A run that begins too near the end begins earlier.
-    start = max(min(piece.start, len(piece.sentences) - length), 0)
+    length = min(int(rng.integers(fewest, most + 1)), len(piece.sentences))
+    start = int(rng.integers(len(piece.sentences) - length + 1))
     return " ".join(piece.sentences[start : start + length])

@@ -1,5 +1,6 @@
 """From the columns of a web format to a record: which column is what, and what of it can be used."""
 
+import contextlib
 import json
 import reprlib
 import zlib
@@ -12,6 +13,8 @@ import numpy as np
 from llip_jax.config import ConfigError, FieldsConfig, LimitsConfig
 from llip_jax.data.records import BadSample, Reason, Record, Rows
 
+_MOST_METADATA = 2**20
+"""Bytes of JSON: parsed, it takes some fifteen times the memory."""
 _PROBED = 100
 """Samples looked at before a column is taken to be missing everywhere."""
 
@@ -73,14 +76,13 @@ class RowsSource:
 def make_record(name: str, columns: Mapping[str, Any], fields: FieldsConfig, limits: LimitsConfig) -> Record:
     """The record of one sample.
 
-    Captions that cannot be used (empty, not text, not UTF-8) and repetitions are left out as long as one remains; long
-    ones are cut.
+    Captions that cannot be used (empty, not text, not UTF-8) and repetitions are left out as long as one remains.
 
     Raises:
         BadSample: no image, no usable caption, or metadata that cannot be read.
     """
     image = _image(name, columns, fields, limits)
-    captions, kinds = _captions(name, columns, fields, limits)
+    captions, kinds = _captions(name, columns, fields)
     duplicate = None if fields.duplicate is None else lookup(name, columns, fields.duplicate)
     used = {*fields.image, *fields.captions}
     return Record(
@@ -107,12 +109,20 @@ def lookup(name: str, columns: Mapping[str, Any], path: str) -> Any:
     inner = columns.get(column)
     if not dot or inner is None:
         return None
-    if isinstance(inner, bytes | str):
-        try:
-            inner = json.loads(inner)
-        except (ValueError, RecursionError) as error:
-            raise BadSample("bad_metadata", f"{name}: {column} is not JSON ({error})") from error
+    inner = _parsed(name, column, inner)
     return lookup(name, inner, rest) if isinstance(inner, Mapping) else None
+
+
+def _parsed(name: str, column: str, value: Any) -> Any:
+    """JSON in bytes or text; anything else as it is."""
+    if not isinstance(value, bytes | str):
+        return value
+    if len(value) > _MOST_METADATA:
+        raise BadSample("bad_metadata", f"{name}: {column} has {len(value)} bytes, more than {_MOST_METADATA}")
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("bad_metadata", f"{name}: {column} is not JSON ({error})") from error
 
 
 def _image(name: str, columns: Mapping[str, Any], fields: FieldsConfig, limits: LimitsConfig) -> Any:
@@ -131,16 +141,14 @@ def _image(name: str, columns: Mapping[str, Any], fields: FieldsConfig, limits: 
     raise BadSample("missing_image", f"{name}: no image in {' or '.join(map(repr, fields.image))}")
 
 
-def _captions(
-    name: str, columns: Mapping[str, Any], fields: FieldsConfig, limits: LimitsConfig
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _captions(name: str, columns: Mapping[str, Any], fields: FieldsConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Usable captions, each once, and the column that each comes from."""
     found: dict[str, str] = {}
     problem: BadSample | None = None
     for path in fields.captions:
         for value in _values(name, columns, path):
             try:
-                found.setdefault(_caption(name, value)[: limits.caption_characters], path)
+                found.setdefault(_caption(name, value), path)
             except BadSample as error:
                 problem = problem or error
     if not found:
@@ -180,10 +188,7 @@ def _names(columns: Mapping[str, Any]) -> Iterator[str]:
     """Columns, and the members of those that are mappings or JSON objects."""
     for column, value in columns.items():
         yield column
-        if column == "json" or isinstance(value, Mapping):
-            try:
-                inner = value if isinstance(value, Mapping) else json.loads(value)
-            except ValueError:
-                continue
+        with contextlib.suppress(BadSample):
+            inner = _parsed("", column, value) if column == "json" else value
             if isinstance(inner, Mapping):
                 yield from (f"{column}.{name}" for name in inner)

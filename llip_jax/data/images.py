@@ -5,7 +5,9 @@ Pillow for everything else; OpenCV shrinks training views, Pillow evaluation ima
 """
 
 import io
+import logging
 import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,11 +28,18 @@ _ASPECT = 4 / 3
 """Crops are at most this much wider than high, or higher than wide."""
 _BLURRED = 1.15
 """Up to this much shrinking, bicubic alone is still nearer to the antialiased one than bilinear is."""
+_MOST_SCANS = 100
+"""Ten are usual in a progressive JPEG; one of its thumbnails may bring as many."""
+_METADATA_BYTES = 2**18
+"""EXIF and XMP data are looked for at the beginning of a JPEG."""
 _EXIF_ORIENTATION = 0x0112
 _SIDEWAYS = range(5, 9)
 """EXIF orientations that exchange width and height."""
 
 cv2.setNumThreads(0)  # Parallel over images; threads of its own would only get in their way.
+# What matters about a picture is told as BadSample, at a bounded rate.
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class Picture(NamedTuple):
@@ -56,12 +65,16 @@ def open_picture(data: bytes, limits: LimitsConfig = LimitsConfig()) -> Picture:
     """
     if len(data) > limits.image_bytes:
         raise BadSample("image_too_large", f"image of {len(data)} bytes is larger than {limits.image_bytes}")
+    # Each scan of a progressive JPEG costs as much as a whole picture and may take a hundred bytes.
+    if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > _MOST_SCANS:
+        raise BadSample("image_too_large", f"JPEG of {scans} scans, more than {_MOST_SCANS}")
     size = _jpeg_size(data)
     if size is None:
         pixels = _decode_any(data, limits)
         return Picture(pixels.shape[0], pixels.shape[1], lambda scale: pixels)
     _check_size(*size, limits)
-    orientation = _orientation(data) if data.find(b"Exif\0\0", 0, 2**16) >= 0 else 1
+    turned = any(data.find(mark, 0, _METADATA_BYTES) >= 0 for mark in (b"Exif\0\0", b"tiff:Orientation"))
+    orientation = _orientation(data) if turned else 1
     height, width = size[::-1] if orientation in _SIDEWAYS else size
 
     def decode(scale: float) -> Pixels:
@@ -188,9 +201,8 @@ def training_view(
         pixels = decode(size / min(right - left, bottom - top))
         # A JPEG may have come out smaller.
         y, x = pixels.shape[0] / height, pixels.shape[1] / width
-        rows = slice(math.floor(top * y), math.ceil(bottom * y))
-        columns = slice(math.floor(left * x), math.ceil(right * x))
-        view = shrink(pixels[rows, columns], size)
+        top, bottom, left, right = round(top * y), round(bottom * y), round(left * x), round(right * x)
+        view = shrink(pixels[top : max(bottom, top + 1), left : max(right, left + 1)], size)
     if config.flip and rng.random() < 0.5:
         view = view[:, ::-1]
     if config.color > 0:

@@ -5,6 +5,7 @@ sample at g and everything random about it are pure functions of (seed, g), so a
 any number of processes, threads and workers, and see the same batches.
 """
 
+import errno
 import hashlib
 import itertools
 import logging
@@ -35,6 +36,12 @@ TOKENIZER_CAPTIONS = 20_000
 """Most captions that a tokenizer is trained on."""
 
 _LOGGED_AT_ONCE, _LOG_EVERY_S = 10, 60.0
+_DELAYS_S = (0.1, 1.0, 10.0)
+_PASSING = {
+    errno.EIO, errno.EAGAIN, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT, errno.ESTALE,
+    errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETUNREACH, errno.EHOSTUNREACH,
+}  # fmt: skip
+"""Errors that say nothing about the file."""
 
 _logger = logging.getLogger(__name__)
 
@@ -99,8 +106,12 @@ def make_example(
         BadSample: the picture cannot be used.
     """
     rng = generator(seed, "augment", position)
+    try:
+        image = training_view(record.image, image_size, config.augment, rng, config.limits)
+    except BadSample as error:
+        raise BadSample(error.reason, f"{record.name}: {error}") from error
     return Example(
-        image=training_view(record.image, image_size, config.augment, rng, config.limits),
+        image=image,
         texts=choose_captions(
             record.captions, record.kinds, record.specific, part.rules, config.captions.slots, seed, position
         ),
@@ -110,7 +121,7 @@ def make_example(
 
 def group_hash(text: str) -> int:
     """31 bits that are equal for equal strings, in every process and run."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=4).digest(), "big") >> 1
 
 
 @dataclass
@@ -163,7 +174,8 @@ class BatchReader:
             batch["image"][row] = example.image
             batch["image_group"][row] = group_hash(example.image_group)
             batch["caption_weight"][row, : len(example.texts)] = 1 / len(example.texts)
-            for slot, (caption, text) in enumerate(example.texts):
+            for slot, (caption, whole) in enumerate(example.texts):
+                text = whole[: self.config.limits.caption_characters]
                 batch["caption_source"][row, slot] = caption
                 batch["text_group"][row, slot] = group_hash(" ".join(text.lower().split()))
                 texts.append(text)
@@ -183,7 +195,7 @@ class BatchReader:
             index = (planned + attempt) % len(part.source)
             try:
                 example = make_example(
-                    part.source[index],
+                    read_patiently(part.source, index, time.sleep),
                     part,
                     self.config,
                     image_size=self.image_size,
@@ -207,6 +219,24 @@ class BatchReader:
         raise ConfigError(
             f"{MAX_BAD} samples in a row, from sample {offset + planned} on, cannot be used; the last one: {last_error}"
         )
+
+
+def read_patiently(source: Source, index: int, sleep: Callable[[float], None]) -> Record:
+    """``source[index]``, once more after 0.1, 1 and 10 s where the machine or network fails, which will pass.
+
+    A replacement would make the batch depend on the weather.
+
+    Raises:
+        BadSample, OSError: as the source does.
+    """
+    for delay in _DELAYS_S:
+        try:
+            return source[index]
+        except OSError as error:
+            if error.errno not in _PASSING:
+                raise
+            sleep(delay)
+    return source[index]
 
 
 def reason_of(error: BadSample | OSError) -> Reason:

@@ -110,7 +110,7 @@ def fingerprint(identity: Mapping[str, str]) -> str:
     """SHA-256 of a source's identity."""
     digest = hashlib.sha256()
     for part, value in identity.items():
-        digest.update(f"{part}\0{value}\0".encode())
+        digest.update(f"{part}\0{value}\0".encode(errors="surrogatepass"))
     return digest.hexdigest()
 
 

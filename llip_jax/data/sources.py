@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
-from llip_jax.config import CaptionRules, ConfigError, DataConfig, FieldsConfig, SourceConfig
+from llip_jax.config import CaptionRules, ConfigError, DataConfig, FieldsConfig, SourceConfig, nearest
 from llip_jax.data.fields import RowsSource
-from llip_jax.data.files import find_files
+from llip_jax.data.files import StoredFile, find_files
 from llip_jax.data.formats.array_records import ArrayRecordRows, ArrayRecordSource
 from llip_jax.data.formats.folder import FolderSource
 from llip_jax.data.formats.parquet import ParquetRows
@@ -80,6 +81,14 @@ class Mixture:
             seed=seed,
         )
 
+    def summary(self) -> str:
+        """What there is, for people: "1,000 samples (a: 900, drawn with 0.75; b: 100, with 0.25)"."""
+        total, text = sum(part.weight for part in self.parts), f"{len(self):,} samples"
+        if len(self.parts) == 1:
+            return text
+        shares = [f"{part.name}: {len(part.source):,}, drawn with {part.weight / total:.3g}" for part in self.parts]
+        return f"{text} ({'; '.join(shares)})"
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -108,8 +117,8 @@ class HeldOut:
         return self.source[index + index // (self.every - 1) + 1]
 
     def identity(self) -> Mapping[str, str]:
-        """That of the whole source."""
-        return self.source.identity()
+        """That of the whole source, and which samples of it."""
+        return {**self.source.identity(), "held out": f"every {self.every}-th, {self.split} split"}
 
 
 def build_source(config: DataConfig, split: Split, image_size: int) -> Mixture:
@@ -122,18 +131,37 @@ def build_source(config: DataConfig, split: Split, image_size: int) -> Mixture:
     """
     if not config.mixture:
         source = _build(config, config, split, image_size, "data")
+        _check_kinds(config.captions, source, "data.captions")
         return Mixture((Part("", source, 1.0, config.captions),))
-    return Mixture(
-        tuple(
-            Part(
-                name,
-                _build(part, config, split, image_size, f"data.mixture.{name}"),
-                part.weight,
-                part.captions or config.captions,
-            )
-            for name, part in sorted(config.mixture.items())
-        )
-    )
+    parts = []
+    for name, part in sorted(config.mixture.items()):
+        field = f"data.mixture.{name}"
+        if not part.weight:
+            continue
+        if not part.path and part.source != "toyworld":
+            others = [other for other in config.mixture if other != name]
+            raise ConfigError(f"{field}: has no path. Is the name misspelled?{nearest(name, others)}")
+        source = _build(part, config, split, image_size, field)
+        if part.captions is not None:
+            _check_kinds(part.captions, source, f"{field}.captions")
+        parts.append(Part(name, source, part.weight, part.captions or config.captions))
+    return Mixture(tuple(parts))
+
+
+def _check_kinds(rules: CaptionRules, source: Source, field: str) -> None:
+    """Raises ConfigError where ``rules`` name kinds of captions that a source read by columns cannot have."""
+    inner = source.source if isinstance(source, HeldOut) else source
+    if not isinstance(inner, RowsSource):
+        return
+    for setting, kinds in (
+        ("weights", rules.weights),
+        ("sentences", rules.sentences),
+        ("first", [] if rules.first is None else [rules.first]),
+    ):
+        for kind in kinds:
+            if kind not in inner.fields.captions:
+                known = list(inner.fields.captions)
+                raise ConfigError(f"{field}.{setting}: no captions come from a column {kind!r}.{nearest(kind, known)}")
 
 
 def _build(config: SourceConfig, data: DataConfig, split: Split, image_size: int, field: str) -> Source:
@@ -145,9 +173,18 @@ def _build(config: SourceConfig, data: DataConfig, split: Split, image_size: int
     if not path:
         raise ConfigError(f"{path_field}: is empty, expected {_EXPECTED[config.source]}")
     if config.source == "folder":
-        return FolderSource(path, config.folder, split, config.fields)
+        return FolderSource(
+            path,
+            config.folder,
+            split,
+            config.fields,
+            data.limits,
+            field=path_field,
+            hold_out=not config.eval_path,
+        )
     if config.source == "array_record":
-        source: Source = ArrayRecordSource(ArrayRecordRows(find_files(path, path_field, "*.array_record")))
+        files = _shards(path, path_field, "array_record")
+        source: Source = ArrayRecordSource(ArrayRecordRows(files, path_field))
     else:
         rows = _rows(config, data, path, path_field, split)
         usual = USUAL_FIELDS[config.source]
@@ -163,6 +200,9 @@ def _build(config: SourceConfig, data: DataConfig, split: Split, image_size: int
     return source
 
 
+_SUFFIX = {"webdataset": "tar", "parquet": "parquet"}
+_OTHER_SUFFIXES = (".json", ".jsonl", ".parquet", ".array_record", ".tar", ".txt", ".csv", ".tsv", ".md", ".html")
+_SPLIT_NAME = re.compile(r"(train|valid|validation|val|dev|test|eval)[-_.]")
 _EXPECTED = {
     "folder": "the folder that holds captions.jsonl, or a .jsonl, .csv or .tsv file",
     "webdataset": "tar shards, such as 'shards/{00000..00099}.tar'",
@@ -176,10 +216,32 @@ def _rows(config: SourceConfig, data: DataConfig, path: str, field: str, split: 
     if config.source == "tfds":
         name = config.tfds.train_split if split == "train" else config.tfds.eval_split
         return TfdsRows(path, name, config.tfds.data_dir, config.fields.image or USUAL_FIELDS["tfds"].image, field)
+    files = _shards(path, field, _SUFFIX[config.source])
     if config.source == "parquet":
-        return ParquetRows(find_files(path, field, "*.parquet"), field)
-    index_dir = Path(data.index_dir) if data.index_dir else _cache_folder() / "tars"
-    return TarRows(find_files(path, field, "*.tar"), index_dir)
+        return ParquetRows(files, field)
+    return TarRows(files, Path(data.index_dir) if data.index_dir else _cache_folder() / "tars")
+
+
+def _shards(path: str, field: str, suffix: str) -> tuple[StoredFile, ...]:
+    """The files of a format; others that a pattern catches (img2dataset's statistics) are passed over.
+
+    Raises:
+        ConfigError: no such file, or files of several splits, which are hardly meant to be one.
+    """
+    found = find_files(path, field, f"*.{suffix}")
+    files = tuple(file for file in found if not file.name.endswith(_OTHER_SUFFIXES) or file.name.endswith(suffix))
+    if not files:
+        raise ConfigError(
+            f"{field}: {path!r} names no .{suffix} file but {found[0].name!r}; expected another data.source?"
+        )
+    splits = {match[1]: file.name for file in files if (match := _SPLIT_NAME.match(file.name))}
+    if len(splits) > 1:
+        names = ", ".join(sorted(splits.values()))
+        raise ConfigError(
+            f"{field}: {path!r} names files of several splits ({names}); name those to train on, and the others in "
+            f"{field.removesuffix('.eval_path').removesuffix('.path')}.eval_path"
+        )
+    return files
 
 
 def _cache_folder() -> Path:

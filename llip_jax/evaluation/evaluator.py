@@ -51,7 +51,7 @@ class Evaluator:
         self._config, self._source, self._tokenizer = config, source, tokenizer
         self._texts, self._captions, self._labels = self._annotations()
         if not self._texts:
-            raise ConfigError(f"evaluation: none of the {len(source)} images can be read")
+            raise ConfigError(f"evaluation: none of the {len(source)} images can be read{self._first_problem}")
         self._rows, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
         def image_side(params: Any, images: Array) -> tuple[ImageSide, Float[Array, "n d"]]:
@@ -108,15 +108,18 @@ class Evaluator:
         """Distinct captions, the captions of each image, and the class name of each image where the source has one."""
         captions: list[tuple[str, ...]] = []
         labels: list[str] = []
+        self._first_problem = ""
         for index in range(len(self._source)):
             try:
                 record = self._source[index]
-            except (BadSample, OSError):  # left out of every evaluation, also should it become readable
+                label = self._label(record)
+            except (BadSample, OSError) as error:  # left out of every evaluation, also should it become readable
+                self._first_problem = self._first_problem or f"; the first: {error}"
                 captions.append(())
                 labels.append("")
             else:
                 captions.append(record.captions[: record.specific])
-                labels.append(self._label(record))
+                labels.append(label)
         texts = sorted({text for own in captions for text in own})
         return texts, captions, None if self._config.data.label_field is None else labels
 
@@ -181,7 +184,7 @@ class Evaluator:
             kept.extend(int(indices[row]) for row in annotated)
             progress(len(indices))
         if not kept:
-            raise ConfigError(f"evaluation: none of the {len(self._captions)} images can be read")
+            raise ConfigError(f"evaluation: none of the {len(self._captions)} images can be read{self._first_problem}")
         return np.concatenate(scores), np.concatenate(unconditioned), kept
 
     def _put(self, block: np.ndarray) -> Array:

@@ -18,7 +18,7 @@ from llip_jax.config import Config, ConfigError, resolve, to_dict
 from llip_jax.config_files import overridden
 from llip_jax.data.pipeline import build_tokenizer, train_batches
 from llip_jax.data.records import Batch, batch_shapes, fingerprint
-from llip_jax.data.sources import build_source
+from llip_jax.data.sources import Split, build_source
 from llip_jax.evaluation.evaluator import Evaluator
 from llip_jax.evaluation.results import summary
 from llip_jax.ops.plan import at_hand
@@ -34,9 +34,13 @@ from llip_jax.training.recorder import Recorder
 from llip_jax.training.state import StateSpec, TrainState, init_state, state_spec
 from llip_jax.training.step import DEVICE_COLUMNS, TrainStep, make_train_step
 
+_PURPOSES: dict[str, Split] = {"train on": "train", "evaluate": "eval"}
+
 
 def check(config: Config) -> str:
-    """Validates a configuration against this machine's devices; the parameter table. Allocates no parameter.
+    """Validates a configuration against this machine's devices and its data; parameter table and data, for people.
+
+    Allocates no parameter.
 
     Raises:
         ConfigError: what does not fit.
@@ -44,7 +48,13 @@ def check(config: Config) -> str:
     mesh = make_mesh(config.mesh)
     _check_batch(config, mesh)
     spec = state_spec(config, make_optimizer(config.optimizer, config.train.steps), mesh)
-    return run_directory.parameter_table(spec.abstract)
+    table = run_directory.parameter_table(spec.abstract)
+    if config.data.path or config.data.mixture or config.data.source == "toyworld":
+        table += "".join(
+            f"data to {purpose}: {build_source(config.data, split, config.model.image_size).summary()}\n"
+            for purpose, split in _PURPOSES.items()
+        )
+    return table
 
 
 def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.perf_counter) -> int:
@@ -75,6 +85,7 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
         compiling = background.submit(compile_step, train_step, config, spec, mesh)
         tokenizer = build_tokenizer(config.data.tokenizer, source, workdir / "tokenizer.json", config.model.text.length)
         evaluator = Evaluator(config, spec.graph, mesh, eval_source, tokenizer)
+        print(f"data: {source.summary()} to train on, {eval_source.summary()} to evaluate", flush=True)
         data_ready = clock()
         identity = {**source.identity(), "tokenizer": tokenizer.fingerprint}
         state, progress = _restore_or_init(config, checkpoints, optimizer, spec, workdir, identity)
@@ -310,7 +321,9 @@ def _restore_or_init(
         raise ConfigError(f"train.steps={config.train.steps}, but the run directory holds a checkpoint of step {step}")
     state, progress = checkpoints.restore(step, spec.abstract)
     if progress.data_fingerprint != now:
-        changes = "\n".join(f"  {line}" for line in run_directory.data_changes(workdir, identity))
+        changes = "\n".join(
+            f"  {line}" for line in run_directory.data_changes(workdir, progress.data_fingerprint, identity)
+        )
         if config.data.changed == "refuse":
             raise ConfigError(
                 f"data: the training data has changed since checkpoint {step}, so the run cannot go on exactly. Put it "

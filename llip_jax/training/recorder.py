@@ -111,7 +111,8 @@ class Recorder:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.replaced.items()))
             raise ConfigError(
                 f"data.limits.replaced_share={allowed}: {total} of the {seen} samples up to step {step} had to be "
-                f"replaced ({reasons}); mend the data, or allow more"
+                f"replaced ({reasons}). Some are named above; launch/prepare_data.py makes shards of the good ones and "
+                "a page about the others. Or allow more"
             )
 
     def _write(self, step: int, values: dict[str, float], sample_hash: int) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import pydantic
 
 from llip_jax.config import Config, ConfigError, differences, resolve, to_dict
+from llip_jax.data.records import fingerprint
 from llip_jax.training.metrics import write_json
 from llip_jax.training.state import TrainState
 
@@ -44,11 +46,13 @@ FREE_FIELDS = (
     "data.prefetch_batches",
     "data.label_field",
     "data.folder.eval_exclude",
+    "data.mixture.*.folder.eval_exclude",
 )
 """Exceptions: how fast data arrives, where it lies (its fingerprint is compared), and what is evaluated."""
 
 
 _CHANGES_SHOWN = 20
+_DATA = pydantic.TypeAdapter(dict[str, dict[str, str]])
 
 
 def prepare(workdir: Path, config: Config) -> None:
@@ -83,15 +87,16 @@ def prepare(workdir: Path, config: Config) -> None:
 def describe(workdir: Path, config: Config, state: TrainState, identity: Mapping[str, str]) -> None:
     """Writes config.json, data.json and model.txt, once data and checkpoint are known to fit this configuration."""
     write_json(workdir / "config.json", to_dict(config))
-    write_json(workdir / "data.json", dict(identity))
+    # What the newest checkpoint was made with stays until another one is.
+    known = dict(list(_read_data(workdir).items())[-2:])
+    write_json(workdir / "data.json", {**known, fingerprint(identity): dict(identity)})
     (workdir / "model.txt").write_text(parameter_table(state))
 
 
-def data_changes(workdir: Path, identity: Mapping[str, str]) -> list[str]:
-    """How the data differs from what data.json says a run began with, at most ``_CHANGES_SHOWN`` lines."""
-    try:
-        before = json.loads((workdir / "data.json").read_text())
-    except (OSError, ValueError):
+def data_changes(workdir: Path, before_fingerprint: str, identity: Mapping[str, str]) -> list[str]:
+    """How the data differs from that of a checkpoint, by data.json, at most ``_CHANGES_SHOWN`` lines."""
+    before = _read_data(workdir).get(before_fingerprint)
+    if before is None:
         return ["(what it was is not known: data.json is missing or damaged)"]
     lines = [
         f"{name}: {before.get(name, 'was not there')} -> {identity.get(name, 'is gone')}"
@@ -102,6 +107,14 @@ def data_changes(workdir: Path, identity: Mapping[str, str]) -> list[str]:
         return ["the same parts in another order"]
     more = len(lines) - _CHANGES_SHOWN
     return [*lines[:_CHANGES_SHOWN], f"... and {more} more"] if more > 0 else lines
+
+
+def _read_data(workdir: Path) -> dict[str, dict[str, str]]:
+    """Contents of data.json: fingerprint -> identity, the latest last."""
+    try:
+        return _DATA.validate_json((workdir / "data.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
 
 
 def read_config(workdir: Path) -> Config:

@@ -117,12 +117,16 @@ class ArrayRecordRows:
 
     Counts come from the manifest beside a shard where it fits the shard's size; other shards are opened once.
 
+    Args:
+        files: the shards, in order.
+        field: what the configuration calls them.
+
     Raises:
         ConfigError: a file that is not local or cannot be opened as ArrayRecord, or a damaged manifest.
     """
 
-    def __init__(self, files: Sequence[StoredFile]):
-        self._paths = tuple(_local_path(file.url) for file in files)
+    def __init__(self, files: Sequence[StoredFile], field: str = "data.path"):
+        self._paths = tuple(_local_path(file.url, field) for file in files)
         shards = _describe(files, self._paths)
         self._ends = tuple(accumulate(samples for samples, _ in shards))
         self._identity = {
@@ -243,11 +247,11 @@ def _read_manifest(folder: str) -> dict[str, Shard]:
         raise ConfigError(f"{path}: not a manifest of shards ({error}); without the file, shards are opened") from error
 
 
-def _local_path(url: str) -> str:
+def _local_path(url: str, field: str) -> str:
     path = url.removeprefix("file://")
     if "://" in path:
         raise ConfigError(
-            f"data.path: {url!r} is not a local file, and ArrayRecord shards are read from those only; mount the "
+            f"{field}: {url!r} is not a local file, and ArrayRecord shards are read from those only; mount the "
             "bucket (gcsfuse, s3fs, ...) or copy the shards, or store them as tar shards, which are read from anywhere"
         )
     return path

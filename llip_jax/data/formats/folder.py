@@ -16,11 +16,8 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from llip_jax.config import ConfigError, FieldsConfig, FolderConfig, nearest
+from llip_jax.config import ConfigError, FieldsConfig, FolderConfig, LimitsConfig, nearest
 from llip_jax.data.records import BadSample, Record
-
-MAX_IMAGE_BYTES = 64 * 2**20
-"""Larger image files are not read."""
 
 _USUAL = FieldsConfig(image=("image", "filepath"), captions=("captions", "caption", "title"))
 """Columns of lists whose columns are not named; the second ones are OpenCLIP's."""
@@ -43,6 +40,9 @@ class FolderSource:
         split: "train" or "eval", which stand for ``config.train_split`` and ``config.eval_split``.
         columns: where images and captions are called something else; each column of captions holds a list of strings
             or a string.
+        limits: larger image files are not read.
+        field: what the configuration calls ``path``.
+        hold_out: whether records without a split are divided; otherwise all of them belong to either split.
 
     Raises:
         ConfigError: anything about the folder or the list that is not as expected, with file and line.
@@ -54,18 +54,28 @@ class FolderSource:
         config: FolderConfig,
         split: Literal["train", "eval"],
         columns: FieldsConfig = FieldsConfig(),
+        limits: LimitsConfig = LimitsConfig(),
+        *,
+        field: str = "data.path",
+        hold_out: bool = True,
     ):
         file = Path(path)
         if file.suffix not in _LISTS:
             if not file.is_dir():
                 raise ConfigError(
-                    f"data.path: {str(path)!r} is neither a folder nor a file that ends in {', '.join(_LISTS)}"
+                    f"{field}: {str(path)!r} is neither a folder nor a file that ends in {', '.join(_LISTS)}"
                 )
             file /= "captions.jsonl"
         if not file.is_file():
-            raise ConfigError(f"data.path: {file} does not exist; expected one JSON object a line")
+            there = (
+                [path.name for path in file.parent.glob("*") if path.suffix in _LISTS] if file.parent.is_dir() else []
+            )
+            raise ConfigError(
+                f"{field}: {file} does not exist; expected a list of images."
+                + (nearest(file.name, there) if there else "")
+            )
         self._root = file.parent
-        self._config = config
+        self._config, self._limits = config, limits
 
         images = _ImageFiles(self._root)
         exclude = config.eval_exclude if split == "eval" else {}
@@ -81,7 +91,8 @@ class FolderSource:
             size = images.size(entry["image"], where)
             if has_split is None:
                 has_split = config.split_field in entry
-            record_split = _split_of(entry, config, has_split, where)
+            divided = has_split or hold_out
+            record_split = _split_of(entry, config, has_split, where) if divided else wanted
             split_sizes[record_split] += 1
             field_names.update(entry)
             if record_split == wanted and not any(entry.get(name) in values for name, values in exclude.items()):
@@ -117,13 +128,15 @@ class FolderSource:
 
         Raises:
             OSError: the file cannot be read.
-            BadSample: the file is larger than ``MAX_IMAGE_BYTES``.
+            BadSample: the file is larger than ``limits`` allow.
         """
         fields = json.loads(self._lines[index])
         image, captions, kinds = fields.pop("image"), fields.pop("captions"), fields.pop(_KINDS, None)
         with (self._root / image).open("rb") as stream:
-            if (size := os.fstat(stream.fileno()).st_size) > MAX_IMAGE_BYTES:
-                raise BadSample("image_too_large", f"{image}: file of {size} bytes is larger than {MAX_IMAGE_BYTES}")
+            if (size := os.fstat(stream.fileno()).st_size) > self._limits.image_bytes:
+                raise BadSample(
+                    "image_too_large", f"{image}: file of {size} bytes is larger than {self._limits.image_bytes}"
+                )
             data = stream.read()
         duplicate = fields.get(self._config.duplicate_field)
         return Record(
@@ -200,7 +213,10 @@ def _table(file: Path, separator: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 where = f"{file}, line {reader.line_num}"
                 if None in row or None in row.values():
                     raise ConfigError(f"{where}: expected {len(reader.fieldnames or ())} cells, as in the first line")
-                yield where, {name: value for name, value in row.items() if value.strip()}
+                entry: dict[str, Any] = {name: value for name, value in row.items() if value.strip()}
+                if "captions" in entry:  # a cell holds one
+                    entry["captions"] = [entry["captions"]]
+                yield where, entry
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file}: not UTF-8 ({error})") from error
     except csv.Error as error:
@@ -288,6 +304,6 @@ def _split_of(entry: dict[str, Any], config: FolderConfig, has_split: bool, wher
         if not isinstance(entry[name], str):
             raise ConfigError(f"{where}: {name} is {reprlib.repr(entry[name])}, expected a string")
         return entry[name]
-    digest = hashlib.sha256(entry["image"].encode()).digest()
+    digest = hashlib.sha256(entry["image"].encode(errors="surrogatepass")).digest()
     held_out = int.from_bytes(digest[:8], "big") < config.eval_fraction * 2**64
     return config.eval_split if held_out else config.train_split

@@ -18,7 +18,7 @@ from llip_jax.data.files import StoredFile, filesystem, read_range, unique_names
 from llip_jax.data.records import BadSample
 
 _ROW_GROUPS_KEPT = 4
-_LARGE_ROW_GROUP = 16 * 2**20
+_LARGE_ROW_GROUP, _LARGEST_ROW_GROUP = 16 * 2**20, 2**30
 
 _logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class ParquetRows:
         field: what the configuration calls them.
 
     Raises:
-        ConfigError: a file that is not Parquet.
+        ConfigError: a file that is not Parquet, or has row groups too large to be read.
     """
 
     def __init__(self, files: Sequence[StoredFile], field: str):
@@ -54,6 +54,11 @@ class ParquetRows:
             for name, file, footer in zip(unique_names(self._files), self._files, footers, strict=True)
         }
         largest = max((meta.total_byte_size for *_, meta in groups), default=0)
+        if largest > _LARGEST_ROW_GROUP:
+            raise ConfigError(
+                f"{field}: a row group of {largest / 2**30:.1f} GiB, which every sample would read whole; expected at "
+                f"most {_LARGEST_ROW_GROUP / 2**30:.0f} GiB. Rewrite the files with fewer rows in each group"
+            )
         if largest > _LARGE_ROW_GROUP:
             _logger.warning(
                 "Parquet row groups of up to %d MiB: every sample reads a whole one. Rewrite them with few rows each, "
@@ -83,30 +88,25 @@ class ParquetRows:
         file = self._files[self._groups[group][0]]
         name = f"{file.name}/{index}"
         try:
-            columns = self._table(group).slice(row, 1).to_pylist()[0]
-        except UnicodeDecodeError as error:
-            raise BadSample("caption_not_utf8", f"{name}: {error}") from error
+            table = self._table(group)
         except (pa.ArrowException, OSError) as error:
             raise BadSample("unreadable", f"{name}: {error}") from error
-        return name, columns
+        return name, {column: _value(table[column][row]) for column in table.column_names}
 
     def identity(self) -> Mapping[str, str]:
         """See :class:`llip_jax.data.records.Source`."""
         return self._identity
 
     def _table(self, group: int) -> pa.Table:
-        with self._lock:
-            if group in self._kept:
-                self._kept.move_to_end(group)
-                return self._kept[group]
-        file, number = self._groups[group]
-        with self._open(self._files[file]) as stream:
-            table = pq.ParquetFile(stream).read_row_group(number, use_threads=False)
-        with self._lock:
-            self._kept[group] = table
-            while len(self._kept) > _ROW_GROUPS_KEPT:
-                self._kept.popitem(last=False)
-        return table
+        with self._lock:  # also while reading, so that threads do not hold a copy each
+            if group not in self._kept:
+                file, number = self._groups[group]
+                with self._open(self._files[file]) as stream:
+                    self._kept[group] = pq.ParquetFile(stream).read_row_group(number, use_threads=False)
+                if len(self._kept) > _ROW_GROUPS_KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(group)
+            return self._kept[group]
 
     def _open(self, file: StoredFile) -> Any:
         storage, path = filesystem(file.url, self._field)
@@ -118,6 +118,17 @@ class ParquetRows:
                 return pq.ParquetFile(stream).metadata
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(f"{self._field}: {file.url} is not a Parquet file that can be read ({error})") from error
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    """The value in Python; text that is not UTF-8 as bytes, and None where there is no such value."""
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        buffer = scalar.as_buffer() if hasattr(scalar, "as_buffer") else None
+        return None if buffer is None else buffer.to_pybytes()
+    except Exception:  # Dates, durations and time zones out of range raise any type, and are hardly of interest.
+        return None
 
 
 def _digest(file: StoredFile) -> str:

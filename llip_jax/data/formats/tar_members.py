@@ -74,7 +74,10 @@ def read_member(read: Callable[[int, int], bytes], position: int) -> Member | No
             if kind == b"g" and fields:
                 raise tarfile.ReadError("a PAX header gives all members the same name or size")
             name = fields.get(b"path") if name is None else name
-            size = int(fields[b"size"]) if size is None and b"size" in fields else size
+            if size is None and b"size" in fields:
+                if not fields[b"size"].isdigit() or len(fields[b"size"]) > 20:
+                    raise tarfile.ReadError("a PAX header gives no number as the size")
+                size = int(fields[b"size"])
 
     if kind == tarfile.GNUTYPE_SPARSE:
         raise tarfile.ReadError("sparse files are not supported")

@@ -8,6 +8,7 @@ from html import escape
 
 from PIL import Image
 
+from llip_jax.config import LimitsConfig
 from llip_jax.data.images import open_picture
 from llip_jax.data.preparation.statistics import QUANTITIES, Histogram, Repetition, Statistics
 from llip_jax.data.records import Record
@@ -32,6 +33,7 @@ class Page:
     frequent_images: Sequence[tuple[int, Record]]
     frequent_captions: Sequence[tuple[int, str]]
     pictures: Sequence[Record]
+    limits: LimitsConfig
 
 
 def render(page: Page) -> str:
@@ -45,13 +47,17 @@ def render(page: Page) -> str:
         ("repeated images", f"{page.images.share:.1%} <small>of {page.images.total:,}</small>"),
         ("repeated captions", f"{page.captions.share:.1%} <small>of {page.captions.total:,}</small>"),
     ]
+    repeated = [(record, f"{count:,} times") for count, record in page.frequent_images]
     sections = [
         ("Left out", _failures(statistics)),
         ("Images and captions", _charts(statistics)),
         ("Formats", _table(("format", "images"), _by_count(statistics.formats), statistics.kept)),
         ("Most repeated captions", _table(("caption", "times"), page.frequent_captions, page.captions.total)),
-        ("Most repeated images", _grid([(record, f"{count:,} times") for count, record in page.frequent_images])),
-        ("A random look", _grid([(record, "") for record in page.pictures])),
+        (
+            "Most repeated images",
+            _grid(repeated, page.limits),
+        ),
+        ("A random look", _grid([(record, "") for record in page.pictures], page.limits)),
     ]
     body = "".join(f"<section><h2>{name}</h2>{content}</section>" for name, content in sections if content)
     return _DOCUMENT.format(
@@ -138,9 +144,9 @@ def _table(heads: tuple[str, str], rows: Sequence[tuple[int, str]], total: int) 
     return f"<table><tr><th>{heads[0]}</th><th>{heads[1]}</th><th></th><th></th></tr>{lines}</table>"
 
 
-def _grid(pictures: Sequence[tuple[Record, str]]) -> str:
+def _grid(pictures: Sequence[tuple[Record, str]], limits: LimitsConfig) -> str:
     cards = "".join(
-        f'<figure class="card"><img alt="" loading="lazy" src="{_thumbnail(record)}">'
+        f'<figure class="card"><img alt="" loading="lazy" src="{_thumbnail(record, limits)}">'
         f'<figcaption><em dir="auto">{escape(note or record.name)}</em>'
         + "".join(f'<p dir="auto">{escape(caption)}</p>' for caption in record.captions)
         + "</figcaption></figure>"
@@ -149,9 +155,9 @@ def _grid(pictures: Sequence[tuple[Record, str]]) -> str:
     return cards and f'<div class="grid">{cards}</div>'
 
 
-def _thumbnail(record: Record) -> str:
+def _thumbnail(record: Record, limits: LimitsConfig) -> str:
     assert isinstance(record.image, bytes)  # as stored
-    picture = open_picture(record.image)
+    picture = open_picture(record.image, limits)
     image = Image.fromarray(picture.decode(min(1.0, 2 * _THUMBNAIL / max(picture.width, picture.height))))
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     stream = io.BytesIO()

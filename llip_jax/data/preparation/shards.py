@@ -6,6 +6,7 @@ shard its statistics, and hashes of its images and captions) and, at the end, ``
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
@@ -44,14 +45,16 @@ from llip_jax.data.preparation.statistics import Repeat, Statistics, content_has
 from llip_jax.data.records import BadSample, Record, Source
 from llip_jax.data.tokenizers import Tokenizer
 
-_JPEG_QUALITY = 90
+_JPEG_QUALITY, _JPEG_SIDE = 90, 65_500
+"""What images are shrunk to, unless a side is longer than the format allows."""
 _MOST_TOKENS = 1024
 """Longer captions count as this long."""
 _FREQUENT_CAPTIONS, _FREQUENT_IMAGES, _PICTURES = 20, 12, 48
-_DECIDING_FIELDS = ("source", "eval_every", "fields", "toyworld", "folder", "tfds", "mixture", "limits", "tokenizer")
+_DECIDING_FIELDS = ("source", "eval_samples", "fields", "toyworld", "folder", "tfds", "mixture", "limits", "tokenizer")
 """Parts of DataConfig that decide what is written; paths in them do not, the source's identity does."""
 _PATHS = ("path", "eval_path", "data_dir")
 _DIFFERENCES_SHOWN = 10
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,28 @@ class FinishedShard:
 _FINISHED = pydantic.TypeAdapter(FinishedShard)
 
 
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keeps other runs of the program away from the folder.
+
+    Raises:
+        ConfigError: one is at work in it, or it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / _LOCK).open("w")
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write to {out} ({error})") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"--out: another run is writing to {out}; wait for it, or stop it") from error
+        except OSError:
+            pass  # where locks are not supported, the user takes care
+        yield
+
+
 def begin(preparation: Preparation, data: DataConfig) -> list[int]:
     """Makes the folder ready, and says which shards are still to be written.
 
@@ -127,8 +152,8 @@ def begin(preparation: Preparation, data: DataConfig) -> list[int]:
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     path = preparation.out / "preparation.json"
     if path.exists():
-        _refuse_differences(path, json.loads(path.read_bytes()), settings)
-    elif preparation.out.exists() and any(preparation.out.iterdir()):
+        _refuse_differences(path, _read_settings(path), settings)
+    elif preparation.out.exists() and any(path.name != _LOCK for path in preparation.out.iterdir()):
         raise ConfigError(f"--out: {preparation.out} is not empty and not made by this program; expected a new folder")
     (preparation.out / "finished").mkdir(parents=True, exist_ok=True)
     _write(path, (json.dumps(settings, indent=2) + "\n").encode())
@@ -201,6 +226,7 @@ def finish(preparation: Preparation) -> Statistics:
         frequent_images=[(repeat.count, read.record(repeat.shard, repeat.sample)) for repeat in images.most],
         frequent_captions=[(repeat.count, read.caption(repeat)) for repeat in captions.most],
         pictures=[read.source[int(index)] for index in np.sort(chosen)],
+        limits=preparation.limits,
     )
     _write(preparation.out / "statistics.json", (json.dumps(_summary(page), indent=2) + "\n").encode())
     _write(preparation.out / "index.html", render(page).encode())
@@ -237,11 +263,15 @@ def _checked(preparation: Preparation, index: int) -> _Sample:
     except BadSample as error:
         raise BadSample(error.reason, f"{record.name}: {error}") from error
     image, width, height = original, picture.width, picture.height
-    if scale < 1:
-        width, height = round(width * scale), round(height * scale)
+    shrunk = round(width * scale), round(height * scale)
+    if scale < 1 and max(shrunk) <= _JPEG_SIDE:
+        width, height = shrunk
         image = _jpeg(pixels, width, height)
-    with Image.open(io.BytesIO(image)) as header:
-        image_format = header.format or "unknown"
+    try:
+        with Image.open(io.BytesIO(image)) as header:
+            image_format = header.format or "unknown"
+    except Image.DecompressionBombError as error:
+        raise BadSample("image_too_large", f"{record.name}: {error}") from error
     return _Sample(
         row=encode_record(dataclasses.replace(record, image=image)),
         original_hash=content_hash(original),
@@ -271,7 +301,7 @@ def _put_in_place(
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     written = Shard(samples=statistics.kept, bytes=temporary.stat().st_size, sha256=digest)
     for kind, pairs in hashes.items():
-        hash_file = temporary.with_suffix(".npy")
+        hash_file = temporary.with_name(f"{temporary.name}.{kind}.npy")
         save_hashes(hash_file, pairs)
         os.replace(hash_file, preparation.beside(shard, kind))
     os.replace(temporary, preparation.out / preparation.name(shard))
@@ -346,6 +376,16 @@ def _flat(value: Any, name: str) -> dict[str, Any]:
         if key not in _PATHS
         for inner, setting in _flat(item, f"{name}.{key}").items()
     }
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ConfigError(f"--out: {path} is damaged ({error}); remove the folder, or choose another one") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"--out: {path} is damaged; remove the folder, or choose another one")
+    return settings
 
 
 def _refuse_differences(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
