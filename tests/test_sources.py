@@ -1,6 +1,7 @@
 """Every format gives the same records, and batches that depend on nothing but seed and position."""
 
 import dataclasses
+import errno
 import multiprocessing
 import pickle
 import shutil
@@ -23,6 +24,7 @@ from llip_jax.config import (
     PartConfig,
     TfdsConfig,
 )
+from llip_jax.data.formats.parquet import ParquetRows
 from llip_jax.data.images import resize_for_eval
 from llip_jax.data.order import SampleOrder, epochs, interleave
 from llip_jax.data.pipeline import train_batches
@@ -228,6 +230,25 @@ def test_kinds_that_no_caption_has_are_refused():
             ConfigError, match=f"data.captions.{setting}: .*'json.captoin'. Did you mean 'json.caption'"
         ):
             build_source(dataclasses.replace(config, captions=rules), "train", 16)
+
+
+def test_kinds_that_no_part_of_a_mixture_has_are_refused():
+    config = data_configs()["mixture"]
+    assert build_source(dataclasses.replace(config, captions=CaptionConfig(first="json.caption")), "train", 16)
+    rules = CaptionConfig(weights={"json.captoin": 1.0})
+    with pytest.raises(ConfigError, match=r"data.captions.weights: .*'json.captoin'. Did you mean 'json.caption'"):
+        build_source(dataclasses.replace(config, captions=rules), "train", 16)
+
+
+def test_failures_of_the_storage_are_not_the_samples_fault(tmp_path, monkeypatch):
+    source = build_source(DataConfig(source="parquet", path=write_parquet(tmp_path, "huggingface")), "train", 16)
+
+    def fails(*_):
+        raise OSError(errno.EIO, "the network is down")
+
+    monkeypatch.setattr(ParquetRows, "_open", fails)
+    with pytest.raises(OSError, match="the network is down"):
+        source[len(source) - 1]  # of a row group that has not been read
 
 
 def test_damaged_tfds_records_are_bad_samples(tmp_path):

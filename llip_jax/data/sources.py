@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -92,7 +92,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """About ``samples`` evenly spread samples of a source ("eval"), at most a tenth, or the others ("train").
+    """About ``samples`` evenly spread samples of a source ("eval"), every tenth at most, or the others ("train").
 
     Which ones is arithmetic: there is no table of them.
     """
@@ -131,7 +131,7 @@ def build_source(config: DataConfig, split: Split, image_size: int) -> Mixture:
     """
     if not config.mixture:
         source = _build(config, config, split, image_size, "data")
-        _check_kinds(config.captions, source, "data.captions")
+        _check_kinds(config.captions, [source], "data.captions")
         return Mixture((Part("", source, 1.0, config.captions),))
     parts = []
     for name, part in sorted(config.mixture.items()):
@@ -143,24 +143,31 @@ def build_source(config: DataConfig, split: Split, image_size: int) -> Mixture:
             raise ConfigError(f"{field}: has no path. Is the name misspelled?{nearest(name, others)}")
         source = _build(part, config, split, image_size, field)
         if part.captions is not None:
-            _check_kinds(part.captions, source, f"{field}.captions")
+            _check_kinds(part.captions, [source], f"{field}.captions")
         parts.append(Part(name, source, part.weight, part.captions or config.captions))
+    common = [part.source for part in parts if part.rules is config.captions]
+    _check_kinds(config.captions, common, "data.captions")
     return Mixture(tuple(parts))
 
 
-def _check_kinds(rules: CaptionRules, source: Source, field: str) -> None:
-    """Raises ConfigError where ``rules`` name kinds of captions that a source read by columns cannot have."""
-    inner = source.source if isinstance(source, HeldOut) else source
-    if not isinstance(inner, RowsSource):
-        return
+def _check_kinds(rules: CaptionRules, sources: Sequence[Source], field: str) -> None:
+    """Raises ConfigError where ``rules`` name a kind of captions that none of the sources under them can have."""
+    known: list[str] = []
+    for source in sources:
+        inner = source.source if isinstance(source, HeldOut) else source
+        if isinstance(inner, ToyWorld):
+            known.append("captions")
+        elif isinstance(inner, RowsSource):
+            known += inner.fields.captions
+        else:
+            return  # Lists and shards may have any.
     for setting, kinds in (
         ("weights", rules.weights),
         ("sentences", rules.sentences),
         ("first", [] if rules.first is None else [rules.first]),
     ):
         for kind in kinds:
-            if kind not in inner.fields.captions:
-                known = list(inner.fields.captions)
+            if known and kind not in known:
                 raise ConfigError(f"{field}.{setting}: no captions come from a column {kind!r}.{nearest(kind, known)}")
 
 
@@ -206,7 +213,7 @@ _SPLIT_NAME = re.compile(r"(train|valid|validation|val|dev|test|eval)[-_.]")
 _EXPECTED = {
     "folder": "the folder that holds captions.jsonl, or a .jsonl, .csv or .tsv file",
     "webdataset": "tar shards, such as 'shards/{00000..00099}.tar'",
-    "parquet": "Parquet files, such as 'data/*.parquet'",
+    "parquet": "Parquet files, such as 'data/train-*.parquet'",
     "array_record": "ArrayRecord shards, such as 'data/train-*.array_record'",
     "tfds": "the name of a data set, such as 'coco_captions'",
 }

@@ -89,7 +89,7 @@ class ParquetRows:
         name = f"{file.name}/{index}"
         try:
             table = self._table(group)
-        except (pa.ArrowException, OSError) as error:
+        except pa.ArrowException as error:  # OSError passes: it may be the storage's, and pass.
             raise BadSample("unreadable", f"{name}: {error}") from error
         return name, {column: _value(table[column][row]) for column in table.column_names}
 
