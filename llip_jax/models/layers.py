@@ -1,8 +1,9 @@
 """Transformer layers: pre-norm blocks, stacked over depth, with a rematerialisation policy."""
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,13 +42,33 @@ def layer_norm(width: int, epsilon: float, dtype: Any, rngs: nnx.Rngs) -> nnx.La
     return nnx.LayerNorm(width, epsilon=epsilon, dtype=dtype, use_fast_variance=False, rngs=rngs)
 
 
+class WeightedTokens(NamedTuple):
+    """The first tokens of a sequence count ``weight`` times as much as the others where they are attended to."""
+
+    tokens: int
+    weight: float
+
+    def bias(self, length: int, dtype: Any) -> Float[Array, "1 1 1 S"]:
+        """What attention adds to its logits (proportional attention, arXiv 2210.09461, section 3)."""
+        return jnp.where(jnp.arange(length) < self.tokens, math.log(self.weight), 0.0).astype(dtype)[None, None, None]
+
+
 class Block(nnx.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Initialised as CLIP's text tower (arXiv 2103.00020), both towers alike: residual projections shrink with depth.
     """
 
-    def __init__(self, shape: TowerShape, activation: str, epsilon: float, causal: bool, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        shape: TowerShape,
+        activation: str,
+        epsilon: float,
+        causal: bool,
+        weighted: WeightedTokens | None,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
         d, h, dh = shape.width, shape.heads, shape.width // shape.heads
         residual_std = d**-0.5 * (2 * shape.layers) ** -0.5
         self.norm1 = layer_norm(d, epsilon, dtype, rngs)
@@ -60,7 +81,7 @@ class Block(nnx.Module):
         self.up_bias = zeros_param((shape.mlp,), ("mlp",))
         self.down = normal_param(rngs, residual_std, (shape.mlp, d), ("mlp", "embed"))
         self.down_bias = zeros_param((d,), (None,))
-        self.activation, self.causal, self.dtype = activation, causal, dtype
+        self.activation, self.causal, self.weighted, self.dtype = activation, causal, weighted, dtype
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The block's output."""
@@ -71,14 +92,51 @@ class Block(nnx.Module):
         """Multi-head self-attention."""
         qkv = jnp.einsum("bsd,dche->cbshe", x, in_use(self.qkv, self.dtype))
         qkv = constrain(qkv + in_use(self.qkv_bias, self.dtype)[:, None, None], None, "batch", None, "heads", None)
-        mixed = jax.nn.dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=self.causal)
+        bias = None if self.weighted is None else self.weighted.bias(x.shape[1], qkv.dtype)
+        mixed = jax.nn.dot_product_attention(qkv[0], qkv[1], qkv[2], bias=bias, is_causal=self.causal)
         return jnp.einsum("bshe,hed->bsd", mixed, in_use(self.out, self.dtype)) + in_use(self.out_bias, self.dtype)
 
     def mlp(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Two-layer perceptron."""
-        hidden = x @ in_use(self.up, self.dtype) + in_use(self.up_bias, self.dtype)
-        hidden = ACTIVATIONS[self.activation](constrain(hidden, "batch", None, "mlp"))
-        return hidden @ in_use(self.down, self.dtype) + in_use(self.down_bias, self.dtype)
+        return _mlp(self, x)
+
+
+class AttentionPool(nnx.Module):
+    """Vectors of learned queries: y = attention(queries, patches), then y + mlp(norm(y)) (arXiv 2106.04560).
+
+    SigLIP's head has one query; with K of them this is where a Llip's mixture tokens come from.
+    """
+
+    def __init__(self, shape: TowerShape, activation: str, epsilon: float, dtype: Any, rngs: nnx.Rngs):
+        d, h, dh = shape.width, shape.heads, shape.width // shape.heads
+        self.query = normal_param(rngs, d**-0.5, (d, h, dh), ("embed", "heads", None))
+        self.query_bias = zeros_param((h, dh), ("heads", None))
+        self.key_value = normal_param(rngs, d**-0.5, (d, 2, h, dh), ("embed", None, "heads", None))
+        self.key_value_bias = zeros_param((2, h, dh), (None, "heads", None))
+        self.out = normal_param(rngs, d**-0.5, (h, dh, d), ("heads", None, "embed"))
+        self.out_bias = zeros_param((d,), (None,))
+        self.norm = layer_norm(d, epsilon, dtype, rngs)
+        self.up = normal_param(rngs, (2 * d) ** -0.5, (d, shape.mlp), ("embed", "mlp"))
+        self.up_bias = zeros_param((shape.mlp,), ("mlp",))
+        self.down = normal_param(rngs, d**-0.5, (shape.mlp, d), ("mlp", "embed"))
+        self.down_bias = zeros_param((d,), (None,))
+        self.activation, self.dtype = activation, dtype
+
+    def __call__(self, queries: Float[Array, "K D"], patches: Float[Array, "B P D"]) -> Float[Array, "B K D"]:
+        """One vector for each query."""
+        q = jnp.einsum("kd,dhe->khe", queries, in_use(self.query, self.dtype)) + in_use(self.query_bias, self.dtype)
+        q = jnp.broadcast_to(q, (patches.shape[0], *q.shape))
+        kv = jnp.einsum("bpd,dche->cbphe", patches, in_use(self.key_value, self.dtype))
+        kv = constrain(kv + in_use(self.key_value_bias, self.dtype)[:, None, None], None, "batch", None, "heads", None)
+        mixed = jax.nn.dot_product_attention(constrain(q, "batch", None, "heads", None), kv[0], kv[1])
+        y = jnp.einsum("bkhe,hed->bkd", mixed, in_use(self.out, self.dtype)) + in_use(self.out_bias, self.dtype)
+        return constrain(y + _mlp(self, self.norm(y)), "batch", None, None)
+
+
+def _mlp(layer: Block | AttentionPool, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    hidden = x @ in_use(layer.up, layer.dtype) + in_use(layer.up_bias, layer.dtype)
+    hidden = ACTIVATIONS[layer.activation](constrain(hidden, "batch", None, "mlp"))
+    return hidden @ in_use(layer.down, layer.dtype) + in_use(layer.down_bias, layer.dtype)
 
 
 class Transformer(nnx.Module):
@@ -91,6 +149,7 @@ class Transformer(nnx.Module):
         activation: str,
         epsilon: float,
         causal: bool,
+        weighted: WeightedTokens | None = None,
         dtype: Any,
         remat: Literal["none", "dots", "layer"],
         scan: bool,
@@ -99,7 +158,7 @@ class Transformer(nnx.Module):
         @nnx.split_rngs(splits=shape.layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def make_blocks(rngs: nnx.Rngs) -> Block:
-            return Block(shape, activation, epsilon, causal, dtype, rngs)
+            return Block(shape, activation, epsilon, causal, weighted, dtype, rngs)
 
         self.blocks = make_blocks(rngs)
         self.layers, self.remat, self.scan = shape.layers, remat, scan

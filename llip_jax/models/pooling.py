@@ -19,46 +19,52 @@ from llip_jax.ops.pair_scores import FixedSide, ImageSide, MixtureSide, TextSide
 from llip_jax.parallel.sharding import in_use
 
 
-class ClassToken(nnx.Module):
+class _TextProjection(nnx.Module):
+    """What all poolers do with texts: project them to the joint width."""
+
+    def __init__(self, config: ModelConfig, shape: ModelShape, dtype: Any, rngs: nnx.Rngs):
+        dt, d = shape.text.width, shape.embed_dim
+        self.text = normal_param(rngs, dt**-0.5, (dt, d), ("embed", None))
+        self.text_bias = zeros_param((d,), (None,)) if config.text.projection_bias else None
+        self.dtype = dtype
+
+    def texts(self, pooled: Float[Array, "J Dt"]) -> TextSide:
+        """Text side of the pair scores."""
+        projected = pooled @ in_use(self.text, self.dtype)
+        return TextSide(projected if self.text_bias is None else projected + in_use(self.text_bias, self.dtype))
+
+
+class ClassToken(_TextProjection):
     """The first learned token, projected; the others are registers and are dropped (CLIP, SigLIP)."""
 
     def __init__(self, config: ModelConfig, shape: ModelShape, dtype: Any, rngs: nnx.Rngs):
-        dv, dt, d = shape.vision.width, shape.text.width, shape.embed_dim
-        self.image = normal_param(rngs, dv**-0.5, (dv, d), ("embed", None))
-        self.text = normal_param(rngs, dt**-0.5, (dt, d), ("embed", None))
-        self.dtype = dtype
+        dv, d = shape.vision.width, shape.embed_dim
+        self.image = normal_param(rngs, dv**-0.5, (dv, d), ("embed", None)) if config.vision.projection else None
+        super().__init__(config, shape, dtype, rngs)
 
     def images(self, output: TowerOutput) -> ImageSide:
         """Image side of the pair scores."""
         return FixedSide(self.unconditioned(output))
-
-    def texts(self, pooled: Float[Array, "J Dt"]) -> TextSide:
-        """Text side of the pair scores."""
-        return TextSide(pooled @ in_use(self.text, self.dtype))
 
     def unconditioned(self, output: TowerOutput) -> Float[Array, "N d"]:
         """The image embedding."""
-        return output.mixture[:, 0] @ in_use(self.image, self.dtype)
+        token = output.mixture[:, 0]
+        return token if self.image is None else token @ in_use(self.image, self.dtype)
 
 
-class LearnedAverage(nnx.Module):
+class LearnedAverage(_TextProjection):
     """All learned tokens, averaged head by head with learned weights that are the same for every text."""
 
     def __init__(self, config: ModelConfig, shape: ModelShape, dtype: Any, rngs: nnx.Rngs):
-        dv, dt, d, heads = shape.vision.width, shape.text.width, shape.embed_dim, config.mixer_heads
+        dv, d, heads = shape.vision.width, shape.embed_dim, config.mixer_heads
         self.logits = zeros_param((heads, config.mixture_tokens), (None, None))
         self.value = normal_param(rngs, dv**-0.5, (dv, heads, d // heads), ("embed", None, None))
         self.output = normal_param(rngs, d**-0.5, (d, d), ("embed", None))
-        self.text = normal_param(rngs, dt**-0.5, (dt, d), ("embed", None))
-        self.dtype = dtype
+        super().__init__(config, shape, dtype, rngs)
 
     def images(self, output: TowerOutput) -> ImageSide:
         """Image side of the pair scores."""
         return FixedSide(self.unconditioned(output))
-
-    def texts(self, pooled: Float[Array, "J Dt"]) -> TextSide:
-        """Text side of the pair scores."""
-        return TextSide(pooled @ in_use(self.text, self.dtype))
 
     def unconditioned(self, output: TowerOutput) -> Float[Array, "N d"]:
         """The averaged image embedding."""
@@ -68,7 +74,7 @@ class LearnedAverage(nnx.Module):
         return mixed.reshape(mixed.shape[0], -1) @ in_use(self.output, self.dtype)
 
 
-class Mixer(nnx.Module):
+class Mixer(_TextProjection):
     """Llip's pooler: the text's query decides how the mixture tokens are mixed."""
 
     def __init__(self, config: ModelConfig, shape: ModelShape, dtype: Any, rngs: nnx.Rngs):
@@ -78,18 +84,23 @@ class Mixer(nnx.Module):
         self.key = normal_param(rngs, dv**-0.5, (dv, *split), ("embed", None, None))
         self.value = normal_param(rngs, dv**-0.5, (dv, *split), ("embed", None, None))
         self.output = normal_param(rngs, d**-0.5, (d, d), ("embed", None))
-        self.text = normal_param(rngs, dt**-0.5, (dt, d), ("embed", None))
-        self.temperature, self.dtype = config.mixer_temperature, dtype
+        # A unit normal: queries come from a layer norm, so that tokens with equal keys are told apart from the start.
+        key_bias = (config.mixture_tokens, *split)
+        self.key_bias = normal_param(rngs, 1.0, key_bias, (None, None, None)) if config.mixer_key_bias else None
+        super().__init__(config, shape, dtype, rngs)
+        self.temperature = config.mixer_temperature
 
     def images(self, output: TowerOutput) -> ImageSide:
         """Image side of the pair scores: keys, values and the output projection."""
         keys = jnp.einsum("nkd,dmh->nkmh", output.mixture, in_use(self.key, self.dtype))
+        if self.key_bias is not None:
+            keys += in_use(self.key_bias, self.dtype)
         return MixtureSide(keys, self._values(output), in_use(self.output, self.dtype), self.temperature)
 
     def texts(self, pooled: Float[Array, "J Dt"]) -> TextSide:
         """Text side of the pair scores: embedding and mixing queries."""
         queries = jnp.einsum("jd,dmh->jmh", pooled, in_use(self.query, self.dtype))
-        return TextSide(pooled @ in_use(self.text, self.dtype), queries)
+        return super().texts(pooled)._replace(queries=queries)
 
     def unconditioned(self, output: TowerOutput) -> Float[Array, "N d"]:
         """Mean of the mixture tokens through value and output projection: the embedding no text has conditioned."""

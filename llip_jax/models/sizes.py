@@ -62,6 +62,11 @@ def model_shape(config: ModelConfig) -> ModelShape:
     _divides("model.image_size", config.image_size, "model.vision.patch", shape.patch)
     _divides("model.vision.width", shape.vision.width, "model.vision.heads", shape.vision.heads)
     _divides("model.text.width", shape.text.width, "model.text.heads", shape.text.heads)
+    if not v.projection and config.pooler in ("class_token", "registers") and shape.embed_dim != shape.vision.width:
+        raise ConfigError(
+            f"model.vision.projection=False needs model.embed_dim={shape.embed_dim} to be the vision tower's width, "
+            f"model.vision.width={shape.vision.width}"
+        )
     if config.pooler in ("mixer", "average"):
         _divides("model.embed_dim", shape.embed_dim, "model.mixer_heads", config.mixer_heads)
     return shape

@@ -1,4 +1,4 @@
-"""Text tower: a causal transformer read at the end-of-text token."""
+"""Text tower: a transformer read at one token."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from llip_jax.parallel.sharding import constrain, in_use
 
 
 class TextTower(nnx.Module):
-    """CLIP's text tower (arXiv 2103.00020, section 2.4)."""
+    """CLIP's text tower (arXiv 2103.00020, section 2.4), or SigLIP's, whose tokens see each other and the padding."""
 
     def __init__(
         self, config: ModelConfig, shape: ModelShape, vocabulary: int, *, dtype: Any, scan: bool, rngs: nnx.Rngs
@@ -23,24 +23,26 @@ class TextTower(nnx.Module):
         self.positions = normal_param(rngs, 0.01, (config.text.length, d), (None, "embed"))
         self.transformer = Transformer(
             shape.text,
-            activation=config.activation,
+            activation=config.text.activation or config.activation,
             epsilon=config.layer_norm_epsilon,
-            causal=True,
+            causal=config.text.causal,
             dtype=dtype,
             remat=config.remat,
             scan=scan,
             rngs=rngs,
         )
         self.norm_final = layer_norm(d, config.layer_norm_epsilon, dtype, rngs)
-        self.dtype = dtype
+        self.pooling, self.dtype = config.text.pooling, dtype
 
     def __call__(self, tokens: Int[Array, "J L"], mask: Int[Array, "J L"]) -> Float[Array, "J Dt"]:
-        """The token before the padding, after the final norm: the end-of-text token.
+        """The end-of-text token, which is the one before the padding, or the last of all, after the final norm.
 
-        ``mask`` is 1 on real tokens and 0 on the padding behind them; the causal attention never looks there. A text
+        ``mask`` is 1 on real tokens and 0 on the padding behind them, where causal attention never looks. A text
         without any token (an empty caption slot) reads its first position.
         """
         x = in_use(self.embedding, self.dtype)[tokens] + in_use(self.positions, self.dtype)[: tokens.shape[1]]
         x = self.transformer(constrain(x, "batch", None, None))
+        if self.pooling == "last":
+            return self.norm_final(x[:, -1])
         last = jnp.maximum(mask.sum(axis=1) - 1, 0)
         return self.norm_final(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])

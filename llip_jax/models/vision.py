@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
 
 from llip_jax.config import ModelConfig
-from llip_jax.models.layers import Transformer, layer_norm, normal_param
+from llip_jax.models.layers import AttentionPool, Transformer, WeightedTokens, layer_norm, normal_param, zeros_param
 from llip_jax.models.sizes import ModelShape
 from llip_jax.parallel.sharding import constrain, in_use
 
@@ -17,7 +17,8 @@ from llip_jax.parallel.sharding import constrain, in_use
 class TowerOutput(NamedTuple):
     """Image tokens after the final layer norm.
 
-    mixture: the learned tokens: K mixture tokens, or a class token (first) and registers.
+    mixture: the learned tokens: K mixture tokens, or a class token (first) and registers. With attention pooling, what
+        its queries read from the patches.
     patches: one token a patch, row by row; fewer under patch dropout.
     """
 
@@ -33,31 +34,37 @@ def patchify(images: Float[Array, "N H W C"], patch: int) -> Float[Array, "N P p
 
 
 class VisionTower(nnx.Module):
-    """ViT over [learned tokens ; patches] with CLIP's extra layer norm before the blocks.
+    """ViT over [learned tokens ; patches] with CLIP's extra layer norm before the blocks, or SigLIP's (VisionConfig).
 
     Learned tokens have no position: theirs would only add to the token itself. (CLIP's checkpoints carry one for the
-    class token; added to the token it gives the same function with ``width`` fewer parameters.)
+    class token; added to the token it gives the same function with ``width`` fewer parameters.) With attention pooling
+    they are its queries and the blocks see the patches alone.
     """
 
     def __init__(self, config: ModelConfig, shape: ModelShape, tokens: int, *, dtype: Any, scan: bool, rngs: nnx.Rngs):
-        d = shape.vision.width
+        d, vision, epsilon = shape.vision.width, config.vision, config.layer_norm_epsilon
+        activation = vision.activation or config.activation
+        in_sequence = vision.pooling == "tokens"
         patches = (config.image_size // shape.patch) ** 2
         pixels = shape.patch**2 * 3
         self.patch_kernel = normal_param(rngs, pixels**-0.5, (pixels, d), (None, "embed"))
+        self.patch_bias = zeros_param((d,), (None,)) if vision.patch_bias else None
         self.tokens = normal_param(rngs, d**-0.5, (tokens, d), (None, "embed"))
         self.positions = normal_param(rngs, d**-0.5, (patches, d), (None, "embed"))
-        self.norm_pre = layer_norm(d, config.layer_norm_epsilon, dtype, rngs)
+        self.norm_pre = layer_norm(d, epsilon, dtype, rngs) if vision.norm_pre else None
         self.transformer = Transformer(
             shape.vision,
-            activation=config.activation,
-            epsilon=config.layer_norm_epsilon,
+            activation=activation,
+            epsilon=epsilon,
             causal=False,
+            weighted=WeightedTokens(tokens, vision.token_weight) if in_sequence and vision.token_weight != 1 else None,
             dtype=dtype,
             remat=config.remat,
             scan=scan,
             rngs=rngs,
         )
-        self.norm_post = layer_norm(d, config.layer_norm_epsilon, dtype, rngs)
+        self.norm_post = layer_norm(d, epsilon, dtype, rngs)
+        self.attention_pool = None if in_sequence else AttentionPool(shape.vision, activation, epsilon, dtype, rngs)
         self.patch, self.image_size, self.patch_dropout, self.dtype = (
             shape.patch,
             config.image_size,
@@ -77,15 +84,22 @@ class VisionTower(nnx.Module):
             raise ValueError(f"images: expected {expected}, got {images.dtype} {list(images.shape)}")
         # In float32: the subtraction would cost bfloat16 about a grey level.
         pixels = (images.astype(jnp.float32) / 255 - jnp.asarray(self.mean)) / jnp.asarray(self.std)
-        x = patchify(pixels.astype(self.dtype), self.patch) @ in_use(self.patch_kernel, self.dtype) + in_use(
-            self.positions, self.dtype
-        )
+        x = patchify(pixels.astype(self.dtype), self.patch) @ in_use(self.patch_kernel, self.dtype)
+        if self.patch_bias is not None:
+            x += in_use(self.patch_bias, self.dtype)
+        x += in_use(self.positions, self.dtype)
         if dropout_key is not None and self.patch_dropout > 0:
             x = drop_patches(x, self.patch_dropout, dropout_key)
         tokens = in_use(self.tokens, self.dtype)
-        x = jnp.concatenate([jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape)), x], axis=1)
-        x = self.norm_post(self.transformer(self.norm_pre(constrain(x, "batch", None, None))))
+        if self.attention_pool is not None:
+            patches = self._transformed(x)
+            return TowerOutput(mixture=self.attention_pool(tokens, patches), patches=patches)
+        x = self._transformed(jnp.concatenate([jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape)), x], axis=1))
         return TowerOutput(mixture=x[:, : tokens.shape[0]], patches=x[:, tokens.shape[0] :])
+
+    def _transformed(self, x: Float[Array, "N S Dv"]) -> Float[Array, "N S Dv"]:
+        x = constrain(x, "batch", None, None)
+        return self.norm_post(self.transformer(x if self.norm_pre is None else self.norm_pre(x)))
 
 
 def drop_patches(x: Float[Array, "N P D"], rate: float, key: Key[Array, ""]) -> Float[Array, "N kept D"]:

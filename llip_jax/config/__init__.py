@@ -1,0 +1,69 @@
+"""Typed, frozen and validated configuration: the only reader of ConfigDict.
+
+A file under configs/ builds a ``ConfigDict``; :func:`resolve` turns it once into this package's frozen dataclasses.
+Every mistake is reported together as a :class:`ConfigError` that names the field, the value and what was expected.
+"""
+
+from llip_jax.config.data import (
+    AugmentConfig,
+    CaptionConfig,
+    CaptionRules,
+    DataConfig,
+    FieldsConfig,
+    FolderConfig,
+    LimitsConfig,
+    PartConfig,
+    SourceConfig,
+    TfdsConfig,
+    TokenizerConfig,
+    ToyWorldConfig,
+)
+from llip_jax.config.errors import ConfigError, nearest
+from llip_jax.config.model import ModelConfig, TextConfig, VisionConfig
+from llip_jax.config.resolve import differences, field_name, resolve, to_dict
+from llip_jax.config.run import (
+    CheckpointConfig,
+    Config,
+    EvalConfig,
+    InitConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PairLossConfig,
+    PairScoresConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "CaptionConfig",
+    "CaptionRules",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "FieldsConfig",
+    "FolderConfig",
+    "InitConfig",
+    "LimitsConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PairLossConfig",
+    "PairScoresConfig",
+    "PartConfig",
+    "SourceConfig",
+    "TextConfig",
+    "TfdsConfig",
+    "TokenizerConfig",
+    "ToyWorldConfig",
+    "TrainConfig",
+    "VisionConfig",
+    "differences",
+    "field_name",
+    "nearest",
+    "resolve",
+    "to_dict",
+]

@@ -1,0 +1,179 @@
+"""A run: objective, pair scores, length, optimizer, where it starts, checkpoints, evaluation, mesh."""
+
+import dataclasses
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+from llip_jax.config.data import DataConfig
+from llip_jax.config.errors import STRICT
+from llip_jax.config.model import ModelConfig
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class PairLossConfig:
+    """One pairwise loss term of the objective."""
+
+    weight: float = Field(default=1.0, gt=0)
+    duplicates: Literal["ignore", "positive", "negative"] = "ignore"
+    """Pairs of *other* samples with the same image or the same caption: masked, taught as matches, or (the papers' way)
+    left as negatives."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class ObjectiveConfig:
+    """A weighted list of terms, at least one; None leaves a term out. Naming another term adds it to the sigmoid."""
+
+    sigmoid: PairLossConfig | None = Field(default_factory=PairLossConfig)
+    softmax: PairLossConfig | None = None
+
+    @model_validator(mode="after")
+    def _some_term(self) -> "ObjectiveConfig":
+        if not self.terms():
+            raise ValueError("expected at least one term (sigmoid, softmax)")
+        return self
+
+    def terms(self) -> dict[str, PairLossConfig]:
+        """The terms in use by name."""
+        return {f.name: term for f in dataclasses.fields(self) if (term := getattr(self, f.name)) is not None}
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class PairScoresConfig:
+    """How training compares every image with every text of the batch. Only rounding depends on it."""
+
+    implementation: Literal["streamed", "kernel", "dense"] = "streamed"
+    """Block by block; the same with a Pallas kernel for each block (TPU, mixer only); or all pairs at once."""
+    exchange: Literal["ring", "gather"] = "ring"
+    """Over several devices: texts pass around a ring of devices, or every device gathers all of them."""
+    image_block: int | None = Field(default=None, ge=1)
+    """Images of a block on a device; None chooses by shapes and memory."""
+    text_block: int | None = Field(default=None, ge=1)
+    """Texts of a block on a device; None chooses by shapes and memory."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class TrainConfig:
+    """Length and batch of the run."""
+
+    batch_size: int = Field(default=256, ge=2)
+    """Images a step over all devices and processes (the global batch)."""
+    steps: int = Field(default=1000, ge=0)
+    log_every_steps: int = Field(default=10, ge=1)
+    frozen: tuple[str, ...] = ()
+    """Parameters that stay as they are, as patterns of paths in model.txt: ``vision/*`` locks the image tower (LiT,
+    arXiv 2111.07991). They take no gradient and no optimizer state."""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """Keep a moving average of the parameters, which evaluation and export use; None: no average. The decay of update
+    t is min(ema_decay, (1 + t) / (10 + t))."""
+
+    @field_validator("frozen", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class OptimizerConfig:
+    """AdamW, linear warm-up then cosine decay to zero. Weight decay skips biases, norms, logit scale and bias."""
+
+    learning_rate: float = Field(default=5e-4, gt=0)
+    warmup_steps: int = Field(default=2000, ge=0)
+    weight_decay: float = Field(default=0.2, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.98, ge=0, lt=1)
+    epsilon: float = Field(default=1e-6, gt=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
+    rates: dict[str, float] = Field(default_factory=dict)
+    """Factors of the learning rate by patterns of paths in model.txt, as in ``{"pooler/query": 10.0}``; of several
+    patterns that match, the last one counts."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor of the learning rate from each layer of a tower to the one below it; embeddings are below all layers
+    (arXiv 2106.08254, appendix)."""
+
+    @field_validator("rates")
+    @classmethod
+    def _not_negative(cls, value: dict[str, float]) -> dict[str, float]:
+        if wrong := {pattern: rate for pattern, rate in value.items() if rate <= 0}:
+            raise ValueError(f"expected factors above 0 (train.frozen keeps parameters as they are), got {wrong}")
+        return value
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class InitConfig:
+    """Where the parameters of step 0 come from, and how a fixed-embedding model becomes a Llip."""
+
+    source: str = Field(default="", alias="from")
+    """Weights of another library, a folder of ``save_pretrained`` or a run directory (docs/weights.md); empty: random.
+    Fields of ``model``, ``data.tokenizer`` and ``objective`` that the configuration leaves out are the source's."""
+    tokens: Literal["copies", "fresh"] = "copies"
+    """New mixture tokens: copies of the source's class token (or attention query), with which the first scores equal
+    the source's; or random ones beside it."""
+    token_noise: float = Field(default=0.0, ge=0)
+    """Standard deviation of noise on the copies, as a share of the class token's own; with it the first scores are only
+    close to the source's."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class CheckpointConfig:
+    """Saved without stopping training; the newest ``keep`` are kept, and every ``keep_every_steps``-th for good."""
+
+    every_steps: int = Field(default=1000, ge=1)
+    keep: int = Field(default=3, ge=1)
+    keep_every_steps: int | None = Field(default=None, ge=1)
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class EvalConfig:
+    """Evaluation during training (and always after the last step)."""
+
+    every_steps: int = Field(default=1000, ge=1)
+    batch_size: int = Field(default=256, ge=1)
+    """Images, or texts, of one evaluation block over all devices."""
+    templates: tuple[str, ...] = ("a picture of a {}.", "an image showing a {}.", "a {} seen up close.", "one {}.")
+    """Prompts of zero-shot classification; each ``{}`` becomes the class name."""
+    shortlist: int | None = Field(default=None, ge=1)
+    """Report two-stage retrieval too, with shortlists of so many (evaluation/two_stage.py); None: exact only."""
+
+    @field_validator("templates")
+    @classmethod
+    def _filled(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or any("{}" not in template for template in value):
+            raise ValueError(f"expected at least one template, each with '{{}}' for the class name, got {value}")
+        return value
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (one axis at most) takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "MeshConfig":
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(n == 0 or n < -1 for n in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"expected positive sizes and at most one -1, got data, fsdp, tensor = {sizes}")
+        return self
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class Config:
+    """Everything a run depends on; written to config.json of the run directory."""
+
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    pair_scores: PairScoresConfig = Field(default_factory=PairScoresConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    init: InitConfig = Field(default_factory=InitConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    mesh: MeshConfig = Field(default_factory=MeshConfig)
