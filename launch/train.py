@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from llip_jax.command_line import run, split_overrides
-from llip_jax.config import ConfigError
-from llip_jax.config_files import load
+from llip_jax.config import ConfigError, resolve
+from llip_jax.config_files import read
 
 
 def main(argv: list[str]) -> int:
@@ -23,10 +23,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--check", action="store_true", help="validate and print the parameter table, nothing else")
     words, overrides = split_overrides(argv)
     args = parser.parse_args(words)
-    config = load(args.config, overrides)
     # Here, as data workers import this file too: they need no jax.
     from llip_jax.training.loop import check, train
+    from llip_jax.training.start import completed
 
+    config = resolve(completed(read(args.config, overrides), args.workdir))
     if args.check or config.train.steps == 0:
         print(check(config), end="")
         return 0

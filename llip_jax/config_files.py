@@ -1,16 +1,17 @@
 """Configuration files and command-line overrides: ``--config FILE[:VARIANT]`` and ``--config.FIELD=VALUE``."""
 
 import ast
+import copy
 import importlib.util
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict
 
-from llip_jax.config import Config, ConfigError, nearest, resolve
+from llip_jax.config import Config, ConfigError, field_name, nearest, resolve
 
 LADDER: dict[str, dict[str, Any]] = {
     "": {},
@@ -33,20 +34,31 @@ def with_variant(config: Mapping[str, Any], variant: str | None) -> ConfigDict:
     """
     if (variant or "") not in LADDER:
         raise ConfigError(f"variant: no variant named {variant!r}.{nearest(str(variant), [v for v in LADDER if v])}")
-    return ConfigDict(_merged(config, LADDER[variant or ""]))
+    return ConfigDict(merged(config, LADDER[variant or ""]))
 
 
 def load(spec: str, overrides: Sequence[str] = ()) -> Config:
     """The configuration of ``path/to/file.py[:arg]``, with ``field.path=value`` overrides applied.
 
-    The file's ``get_config(arg)`` returns a ConfigDict; fields it leaves out keep their defaults. The file's folder is
-    on the import path while it is read, so that configurations can share code.
+    Fields that the file leaves out keep their defaults.
 
     Raises:
         ConfigError: a file that is missing or fails, and everything :func:`llip_jax.config.resolve` refuses.
     """
+    return resolve(read(spec, overrides))
+
+
+def read(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """As :func:`load`, but only what file and overrides say, and not yet validated.
+
+    The file's ``get_config(arg)`` returns a ConfigDict. The file's folder is on the import path while it is read, so
+    that configurations can share code.
+
+    Raises:
+        ConfigError: a file that is missing or fails.
+    """
     path, _, arg = spec.partition(":")
-    return resolve(overridden(_run_config_file(Path(path), arg or None), overrides))
+    return overridden(_run_config_file(Path(path), arg or None), overrides)
 
 
 def overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -78,12 +90,13 @@ def _run_config_file(path: Path, arg: str | None) -> dict[str, Any]:
         sys.path.remove(str(path.parent))
 
 
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested mapping with changes put in; a copy."""
+    result = copy.deepcopy(dict(base))
     for name, value in changes.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(name), Mapping)
-        merged[name] = _merged(merged[name], value) if nested else value
-    return merged
+        nested = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
+        result[name] = merged(result[name], value) if nested else copy.deepcopy(value)
+    return result
 
 
 def _set(raw: dict[str, Any], path: list[str], value: Any) -> None:
@@ -101,10 +114,18 @@ def _parse(path: list[str], text: str) -> Any:
         if get_origin(hint) is dict:
             hint = get_args(hint)[1]
         else:
-            hint = get_type_hints(hint).get(name) if is_dataclass(hint) else None
+            hint = _fields(hint).get(name)
     if hint is str:
         return text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
+
+
+def _fields(owner: Any) -> dict[str, Any]:
+    """Types of a configuration's fields by name."""
+    if not isinstance(owner, type) or not is_dataclass(owner):
+        return {}
+    hints = get_type_hints(owner)
+    return {field_name(field): hints[field.name] for field in fields(owner)}

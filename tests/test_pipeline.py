@@ -378,7 +378,9 @@ def test_build_tokenizer(tmp_path, monkeypatch):
 
     seen = []
     monkeypatch.setattr(pipeline, "TOKENIZER_CAPTIONS", 30)
-    monkeypatch.setattr(pipeline, "train_tokenizer", lambda texts, size, path: seen.extend(texts) or trained)
+    monkeypatch.setattr(
+        pipeline, "train_tokenizer", lambda texts, size, path: seen.extend(texts) or path.write_bytes(saved)
+    )
     missing = frozenset(range(0, 1000, 3))
     build_tokenizer(
         TokenizerConfig(name="trained"), PictureSource(1000, missing=missing), tmp_path / "other.json", LENGTH

@@ -24,9 +24,15 @@ import sentencepiece
 import tokenizers as hf
 import transformers
 
-from llip_jax.config import ConfigError
+from llip_jax.config import ConfigError, TokenizerConfig
 from llip_jax.data import tokenizers
-from llip_jax.data.tokenizers import ClipTokenizer, check_tokenizer, load_tokenizer, train_tokenizer
+from llip_jax.data.tokenizers import (
+    ClipTokenizer,
+    HuggingFaceTokenizer,
+    check_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 
 TEXTS = [
     f"A {size} {colour} {shape} on the {place}."
@@ -414,13 +420,17 @@ def test_fingerprints_are_of_the_definition(trained, tmp_path):
 
 
 def test_check_tokenizer(trained):
-    check_tokenizer(trained, trained.vocabulary_size, 3, "trained")
+    def config(size):
+        return TokenizerConfig(name="trained", vocabulary_size=size)
+
+    check_tokenizer(trained, config(300), 3)
+    other = hf.Tokenizer(hf.models.WordLevel(vocab={"<s>": 0, "</s>": 400}))
     with pytest.raises(
-        ConfigError, match=r"vocabulary_size: 9 is too small for the tokenizer 'trained', which has \d+ tok"
+        ConfigError, match=r"vocabulary_size: 300 is too small for the tokenizer 'trained', which has 401 tok"
     ):
-        check_tokenizer(trained, 9, 77, "trained")
+        check_tokenizer(HuggingFaceTokenizer(other.to_str().encode(), "t"), config(300), 77)
     with pytest.raises(ConfigError, match=r"model.text.length: 2 is too small .* 'trained'; expected at least 3,"):
-        check_tokenizer(trained, 400, 2, "trained")
+        check_tokenizer(trained, config(400), 2)
 
 
 def test_saved_padding_and_truncation_are_not_used(trained, tmp_path):

@@ -208,8 +208,9 @@ def test_schedule_without_and_with_too_long_a_warm_up() -> None:
     assert [float(short(step)) for step in (0, 5, 10)] == pytest.approx([0, 0.2, 0.4])
 
 
-def test_logit_scale_stops_at_100() -> None:
-    """From 99.9, with updates of a twentieth in its logarithm."""
+@pytest.mark.parametrize(("first", "last"), [(99.9, 100.0), (117.3, 117.3)])
+def test_logit_scale_stops_at_100_or_where_it_began(first: float, last: float) -> None:
+    """With updates of a twentieth in its logarithm."""
     config = tiny_config(optimizer={"learning_rate": 0.05, "warmup_steps": 0})
     mesh = make_mesh(config.mesh)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -217,7 +218,7 @@ def test_logit_scale_stops_at_100() -> None:
         spec = state_spec(config, optimizer, mesh)
         rng = np.random.default_rng(0)
         params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), spec.abstract.params)
-        params["log_scale"] = jnp.log(jnp.float32(99.9))
+        params["log_scale"] = jnp.log(jnp.float32(first))
         params["bias"] = jnp.float32(-200)  # far from sure of any match
         state = TrainState(jnp.int32(0), params, optimizer.init(params))
         # The same picture and caption in every row leaves only matches, which a larger scale serves.
@@ -235,8 +236,8 @@ def test_logit_scale_stops_at_100() -> None:
         for _ in range(3):
             state, values = step(state, batch)
             scales.append(float(values["logit_scale"]))
-    assert scales == pytest.approx([99.9, 100, 100])
-    assert float(state.params["log_scale"]) == np.float32(MAX_LOG_SCALE)
+    assert scales == pytest.approx([first, last, last])
+    assert float(state.params["log_scale"]) == np.float32(max(MAX_LOG_SCALE, np.log(np.float32(first))))
 
 
 # Failing.

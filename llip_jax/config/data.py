@@ -129,8 +129,8 @@ class TokenizerConfig:
     vocabulary_size: int = Field(default=49_408, ge=300)
     """Rows of the token table; for 'trained' the largest vocabulary to learn."""
     clean: Literal["none", "lower", "canonicalize"] = "none"
-    """What happens to a text before a tokenizer of a file sees it: white space collapsed and lower case; ASCII
-    punctuation removed as well (SigLIP). ('clip' has its own cleaning.)"""
+    """What happens to a text before a tokenizer of a file sees it. 'lower': lower case (SigLIP 2). 'canonicalize': also
+    ASCII punctuation removed and white space collapsed (SigLIP). ('clip' has its own cleaning.)"""
     pad: int = Field(default=0, ge=0)
     """Token behind the end of a text; towers that see padding (SigLIP) need the one they were trained with."""
 

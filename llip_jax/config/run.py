@@ -89,7 +89,7 @@ class OptimizerConfig:
     clip_norm: float | None = Field(default=1.0, gt=0)
     rates: dict[str, float] = Field(default_factory=dict)
     """Factors of the learning rate by patterns of paths in model.txt, as in ``{"pooler/query": 10.0}``; of several
-    patterns that match, the last one counts."""
+    patterns that match, the longest counts."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor of the learning rate from each layer of a tower to the one below it; embeddings are below all layers
     (arXiv 2106.08254, appendix)."""

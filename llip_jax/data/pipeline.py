@@ -50,31 +50,36 @@ def build_tokenizer(config: TokenizerConfig, source: Source, path: str | Path, l
     """The tokenizer that ``config`` names.
 
     Args:
-        config: name and size.
+        config: name, size, cleaning and padding.
         source: 'trained' learns from its captions, up to ``TOKENIZER_CAPTIONS`` of randomly ordered records.
         path: where 'trained' keeps the tokenizer.json; used as it is if it exists.
         length: tokens of a text.
 
     Raises:
-        ConfigError: no such tokenizer, or one that does not fit ``config.vocabulary_size`` or ``length``.
+        ConfigError: no such tokenizer, or one that does not fit the rest of ``config`` or ``length``.
     """
     tokenizer: Tokenizer
     if config.name == "clip":
+        for field, built_in in {"clean": "none", "pad": 0}.items():
+            if (value := getattr(config, field)) != built_in:
+                raise ConfigError(
+                    f"data.tokenizer.{field}: {value!r} does not go with the tokenizer 'clip', whose cleaning and "
+                    f"padding are built in; expected {built_in!r}"
+                )
         tokenizer = ClipTokenizer()
     elif config.name == "trained":
-        if Path(path).exists():
-            tokenizer = load_tokenizer(path)
-        else:
+        if not Path(path).exists():
             texts = itertools.islice(_shuffled_captions(source), TOKENIZER_CAPTIONS)
-            tokenizer = train_tokenizer(texts, config.vocabulary_size, path)
+            train_tokenizer(texts, config.vocabulary_size, path)
+        tokenizer = load_tokenizer(path, config.clean, config.pad)
     elif Path(config.name).is_file():
-        tokenizer = load_tokenizer(config.name)
+        tokenizer = load_tokenizer(config.name, config.clean, config.pad)
     else:
         raise ConfigError(
             f"data.tokenizer.name: {config.name!r} is neither 'clip' nor 'trained' nor an existing tokenizer.json or "
             "SentencePiece .model." + nearest(config.name, ["clip", "trained"])
         )
-    check_tokenizer(tokenizer, config.vocabulary_size, length, config.name)
+    check_tokenizer(tokenizer, config, length)
     return tokenizer
 
 

@@ -3,17 +3,18 @@
 import hashlib
 import itertools
 import os
+import string
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-from llip_jax.config import ConfigError
+from llip_jax.config import ConfigError, TokenizerConfig
 from llip_jax.data import clip_bpe
 from llip_jax.data.clip_bpe import VOCABULARY_SIZE as CLIP_VOCABULARY_SIZE
 from llip_jax.data.clip_bpe import clean
@@ -24,6 +25,7 @@ __all__ = [
     "HuggingFaceTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "canonicalize",
     "check_tokenizer",
     "clean",
     "load_tokenizer",
@@ -40,7 +42,26 @@ _MARKS = (
     ("[CLS]", "[SEP]"),
 )
 
+_WITHOUT_PUNCTUATION = str.maketrans("▁", " ", string.punctuation)
+
 Tokens = Int[np.ndarray, "n length"]
+
+
+def canonicalize(text: str) -> str:
+    """SigLIP's cleaning, as transformers does it: lower case, no ASCII punctuation, white space and ▁ collapsed.
+
+    open_clip also repairs mojibake and HTML entities before, and makes spaces of underscores.
+    """
+    return " ".join(text.lower().translate(_WITHOUT_PUNCTUATION).split())
+
+
+_CLEANERS: dict[str, Callable[[str], str]] = {
+    "none": str,
+    # Letter by letter, as transformers does for SigLIP 2 (`str.lower` knows of the final sigma). big_vision, which
+    # trained SigLIP and SigLIP 2 on lower case with punctuation, leaves capitals that are not ASCII.
+    "lower": normalizers.Lowercase().normalize_str,
+    "canonicalize": canonicalize,
+}
 
 
 class Tokenizer(Protocol):
@@ -56,8 +77,13 @@ class Tokenizer(Protocol):
         """SHA-256 of the definition: a run goes on only with the tokenizer that it began with."""
         ...
 
+    @property
+    def file(self) -> tuple[str, bytes] | None:
+        """Name and contents of the file that :func:`load_tokenizer` reads it from; None for 'clip'."""
+        ...
+
     def encode(self, texts: Sequence[str], length: int) -> tuple[Tokens, Tokens]:
-        """Tokens (start if the vocabulary has one, text, end, then zeros) and mask (1 up to and with the end), int32.
+        """Tokens (start if there is one, text, end, then padding) and mask (1 up to and with the end), int32.
 
         Text that does not fit in ``length`` >= 2 is cut so that the end token stays last.
         """
@@ -73,6 +99,7 @@ class ClipTokenizer:
 
     vocabulary_size = CLIP_VOCABULARY_SIZE
     fingerprint = clip_bpe.FINGERPRINT
+    file = None
 
     def __init__(self) -> None:
         self._encoder = clip_bpe.ClipEncoder()
@@ -83,65 +110,99 @@ class ClipTokenizer:
     def encode(self, texts: Sequence[str], length: int) -> tuple[Tokens, Tokens]:
         """See :class:`Tokenizer`."""
         tokens = [self._encoder(text, length - 2) for text in texts]
-        return _pack(tokens, [clip_bpe.START], clip_bpe.END, length)
+        return _pack(tokens, [clip_bpe.START], clip_bpe.END, 0, length)
 
 
-class HuggingFaceTokenizer:
-    """A tokenizer.json. Texts get its normalisation; its own templates, truncation and padding are not used.
-
-    Start and end tokens are found by their usual names; with an end token alone (T5, GPT-2), texts have no start token.
+class _FileTokenizer:
+    """What the tokenizers read from files have in common.
 
     Args:
         definition: contents of the file.
         name: what error messages call it.
+        clean: what is done to texts first, as ``data.tokenizer.clean``.
+        pad: the token behind the end of a text.
+    """
+
+    _file_name: ClassVar[str]
+    _start: list[int]
+    _end: int
+    vocabulary_size: int
+
+    def __init__(self, definition: bytes, name: str, clean: str = "none", pad: int = 0):
+        self._arguments = (definition, name, clean, pad)
+        self._clean, self._pad = _CLEANERS[clean], pad
+        settings = b"" if (clean, pad) == ("none", 0) else f"\0{clean} {pad}".encode()
+        self.fingerprint = hashlib.sha256(definition + settings).hexdigest()
+        self.file = (self._file_name, definition)
+
+    def __reduce__(self) -> tuple[type["_FileTokenizer"], tuple[bytes, str, str, int]]:
+        return type(self), self._arguments
+
+    def encode(self, texts: Sequence[str], length: int) -> tuple[Tokens, Tokens]:
+        """See :class:`Tokenizer`."""
+        tokens = self._tokenize([self._clean(text) for text in texts])
+        return _pack(tokens, self._start, self._end, self._pad, length)
+
+    def _tokenize(self, texts: list[str]) -> Sequence[Sequence[int]]:
+        raise NotImplementedError
+
+
+class HuggingFaceTokenizer(_FileTokenizer):
+    """A tokenizer.json. Texts get its normalisation; its own truncation and padding are not used.
+
+    Start and end tokens are found by their usual names; with an end token alone (T5, GPT-2), or where the file's own
+    template has no start token (SigLIP 2), texts have none.
+
+    Equal to transformers' but for two things: a mark that a text spells out (``<eos>``) stays plain text here, and
+    added tokens (Gemma's ``<table>``) are looked for in the cleaned text, as big_vision does.
 
     Raises:
         ConfigError: not a tokenizer definition, or one without a known end token.
     """
 
-    def __init__(self, definition: str, name: str):
+    _file_name = "tokenizer.json"
+
+    def __init__(self, definition: bytes, name: str, clean: str = "none", pad: int = 0):
+        super().__init__(definition, name, clean, pad)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(definition)
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(definition)
         except Exception as error:  # The library raises plain Exception.
             raise ConfigError(f"{name}: not a Hugging Face tokenizer.json ({error})") from error
-        self._definition, self._name = definition, name
         vocabulary = self._tokenizer.get_vocab()
         ends = [(end,) for _, end in _MARKS]
         marks = next((marks for marks in (*_MARKS, *ends) if vocabulary.keys() >= set(marks)), None)
         if marks is None:
             known = " or ".join(f"{start} {end}" for start, end in _MARKS)
             raise ConfigError(f"{name}: no start and end tokens; expected {known}, or one of these end tokens alone")
-        *self._start, self._end = (vocabulary[mark] for mark in marks)
+        *start, self._end = (vocabulary[mark] for mark in marks)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        template = self._tokenizer.encode("").ids
+        self._start = [token for token in start if not template or token in template]
         self._tokenizer.encode_special_tokens = True  # A caption that spells a mark out stays plain text.
         self.vocabulary_size = max(vocabulary.values()) + 1
-        self.fingerprint = hashlib.sha256(definition.encode()).hexdigest()
 
-    def __reduce__(self) -> tuple[type["HuggingFaceTokenizer"], tuple[str, str]]:
-        return HuggingFaceTokenizer, (self._definition, self._name)
-
-    def encode(self, texts: Sequence[str], length: int) -> tuple[Tokens, Tokens]:
-        """See :class:`Tokenizer`."""
+    def _tokenize(self, texts: list[str]) -> Sequence[Sequence[int]]:
         # One by one: encode_batch would start a thread pool of its own in every loader process.
-        tokens = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-        return _pack(tokens, self._start, self._end, length)
+        return [self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 
 
-class SentencePieceTokenizer:
-    """A SentencePiece .model. Texts get its own normalisation only (not CLIP's cleaning, no lower-casing).
+class SentencePieceTokenizer(_FileTokenizer):
+    """A SentencePiece .model. Texts get its own normalisation.
 
-    Texts begin with the model's bos token if it defines one (T5 and SigLIP define none) and end with its eos token.
-
-    Args:
-        definition: contents of the file, a serialized protocol buffer.
-        name: what error messages call it.
+    Texts begin with the model's bos token if it defines one (T5 and SigLIP define none; Gemma's does, which SigLIP 2
+    leaves out: read its tokenizer.json) and end with its eos token. With ``clean="canonicalize", pad=1`` and a model
+    of SentencePiece's default normalisation, equal to transformers' SiglipTokenizer, except that a mark which a text
+    spells out (``</s>``) stays plain text.
 
     Raises:
         ConfigError: `sentencepiece` is not installed, not such a model, or one without an eos token.
     """
 
-    def __init__(self, definition: bytes, name: str):
+    _file_name = "tokenizer.model"
+
+    def __init__(self, definition: bytes, name: str, clean: str = "none", pad: int = 0):
+        super().__init__(definition, name, clean, pad)
         try:
             import sentencepiece
         except ImportError as error:
@@ -153,56 +214,59 @@ class SentencePieceTokenizer:
             self._processor.LoadFromSerializedProto(definition)
         except RuntimeError as error:
             raise ConfigError(f"{name}: not a SentencePiece model ({error})") from error
-        self._definition, self._name = definition, name
         start, self._end = self._processor.bos_id(), self._processor.eos_id()
         if self._end < 0:
             raise ConfigError(f"{name}: no end token; expected a SentencePiece model with an eos piece")
         self._start = [start] if start >= 0 else []
-        self.vocabulary_size: int = self._processor.vocab_size()
-        self.fingerprint = hashlib.sha256(definition).hexdigest()
+        self.vocabulary_size = self._processor.vocab_size()
 
-    def __reduce__(self) -> tuple[type["SentencePieceTokenizer"], tuple[bytes, str]]:
-        return SentencePieceTokenizer, (self._definition, self._name)
-
-    def encode(self, texts: Sequence[str], length: int) -> tuple[Tokens, Tokens]:
-        """See :class:`Tokenizer`."""
+    def _tokenize(self, texts: list[str]) -> Sequence[Sequence[int]]:
         # Otherwise the library starts a thread for every core.
-        tokens = self._processor.encode(list(texts), out_type=int, num_threads=1)
-        return _pack(tokens, self._start, self._end, length)
+        return self._processor.encode(texts, out_type=int, num_threads=1)
 
 
-def load_tokenizer(path: str | Path) -> HuggingFaceTokenizer | SentencePieceTokenizer:
+def load_tokenizer(
+    path: str | Path, clean: str = "none", pad: int = 0
+) -> HuggingFaceTokenizer | SentencePieceTokenizer:
     """Reads a SentencePiece model (``.model``) or else a tokenizer.json.
+
+    Args:
+        path: of the file.
+        clean: what is done to texts first, as ``data.tokenizer.clean``.
+        pad: the token behind the end of a text.
 
     Raises:
         ConfigError: the file is missing or unfit.
     """
+    kind = SentencePieceTokenizer if Path(path).suffix == ".model" else HuggingFaceTokenizer
     try:
         definition = Path(path).read_bytes()
-        if Path(path).suffix == ".model":
-            return SentencePieceTokenizer(definition, str(path))
-        return HuggingFaceTokenizer(definition.decode(), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(f"{path}: cannot read tokenizer ({error})") from error
+    return kind(definition, str(path), clean, pad)
 
 
-def check_tokenizer(tokenizer: Tokenizer, vocabulary_size: int, length: int, name: str) -> None:
+def check_tokenizer(tokenizer: Tokenizer, config: TokenizerConfig, length: int) -> None:
     """Raises :class:`ConfigError` where a model cannot hold the tokens.
 
     Args:
         tokenizer: what encodes its texts.
-        vocabulary_size: rows of the token table (``data.tokenizer.vocabulary_size``).
+        config: the tokenizer's name and padding, and rows of the token table.
         length: tokens of a text (``model.text.length``).
-        name: the tokenizer's name in the configuration.
     """
-    if tokenizer.vocabulary_size > vocabulary_size:
+    if tokenizer.vocabulary_size > config.vocabulary_size:
         raise ConfigError(
-            f"data.tokenizer.vocabulary_size: {vocabulary_size} is too small for the tokenizer "
-            f"{name!r}, which has {tokenizer.vocabulary_size} tokens"
+            f"data.tokenizer.vocabulary_size: {config.vocabulary_size} is too small for the tokenizer "
+            f"{config.name!r}, which has {tokenizer.vocabulary_size} tokens"
+        )
+    if config.pad >= config.vocabulary_size:
+        raise ConfigError(
+            f"data.tokenizer.pad: {config.pad} is no token; expected one below data.tokenizer.vocabulary_size, "
+            f"{config.vocabulary_size}"
         )
     if length < 3:
         raise ConfigError(
-            f"model.text.length: {length} is too small for the tokenizer {name!r}; "
+            f"model.text.length: {length} is too small for the tokenizer {config.name!r}; "
             "expected at least 3, for start, one token and end"
         )
 
@@ -237,14 +301,14 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: str | Path
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     os.replace(temporary, path)
-    return HuggingFaceTokenizer(path.read_text(encoding="utf-8"), str(path))
+    return HuggingFaceTokenizer(path.read_bytes(), str(path))
 
 
-def _pack(tokens: Sequence[Sequence[int]], start: list[int], end: int, length: int) -> tuple[Tokens, Tokens]:
+def _pack(tokens: Sequence[Sequence[int]], start: list[int], end: int, pad: int, length: int) -> tuple[Tokens, Tokens]:
     """Puts texts between start and end tokens and into rows."""
     rows = [[*start, *text[: length - len(start) - 1], end] for text in tokens]
     sizes = np.fromiter(map(len, rows), np.int32, len(rows))
     filled = np.arange(length) < sizes[:, None]
-    packed = np.zeros(filled.shape, np.int32)
+    packed = np.full(filled.shape, pad, np.int32)
     packed[filled] = np.fromiter(itertools.chain.from_iterable(rows), np.int32, sizes.sum())
     return packed, filled.astype(np.int32)

@@ -7,7 +7,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from llip_jax.config import CheckpointConfig, ConfigError
-from llip_jax.training.state import Params, TrainState
+from llip_jax.training.paths import Params, by_path, merged, part
+from llip_jax.training.state import TrainState
 
 
 class Progress(NamedTuple):
@@ -76,10 +77,20 @@ class Checkpoints:
         return TrainState(**restored["state"]), Progress(**restored["progress"])
 
     def restore_params(self, step: int, abstract: Params) -> Params:
-        """Parameters alone, for evaluation. Raises as :meth:`restore`."""
-        self.check(step, {"params": abstract})
-        args = ocp.args.Composite(state=_restore_as({"params": abstract}))
-        return self._manager.restore(step, args=args)["state"]["params"]
+        """The parameters that evaluation uses: averaged ones where the checkpoint has them.
+
+        Raises as :meth:`restore`.
+        """
+        saved = self._saved(step)
+        self._refuse_difference(step, {"params": saved["params"]}, {"params": abstract})
+        averaged = by_path(saved.get("ema", {})).keys()
+        wanted = {
+            "params": part(abstract, by_path(abstract).keys() - averaged),
+            "ema": part(abstract, averaged),
+        }
+        args = ocp.args.Composite(state=_restore_as({name: tree for name, tree in wanted.items() if tree}))
+        restored = self._manager.restore(step, args=args)["state"]
+        return merged(restored.get("params", {}), restored.get("ema", {}))
 
     def wait(self) -> None:
         """Returns once everything asked for is on disk."""
@@ -90,8 +101,14 @@ class Checkpoints:
         self._manager.close()
 
     def check(self, step: int, wanted: dict[str, Any]) -> None:
-        """Raises ConfigError unless the checkpoint holds ``wanted`` (parts of the state by name); reads no array."""
-        saved = {name: tree for name, tree in self._manager.item_metadata(step)["state"].items() if name in wanted}
+        """Raises ConfigError unless the checkpoint holds ``wanted``, a state's parts by name; reads no array."""
+        self._refuse_difference(step, self._saved(step), wanted)
+
+    def _saved(self, step: int) -> dict[str, Any]:
+        """Shapes and types of a checkpoint's state."""
+        return dict(self._manager.item_metadata(step)["state"].items())
+
+    def _refuse_difference(self, step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
         lines = tree_difference(saved, wanted)
         if lines:
             shown = [*lines[:20], f"... and {len(lines) - 20} more"] if len(lines) > 20 else lines

@@ -3,11 +3,14 @@
 import math
 
 import jax
+from flax import nnx
 
 from llip_jax.config import Config
+from llip_jax.models.dual_encoder import abstract_model
 from llip_jax.models.pooling import token_count
 from llip_jax.models.sizes import TowerShape, model_shape
 from llip_jax.ops.pair_blocks import mixture_multiply_adds
+from llip_jax.training.optimizer import trained_paths
 
 PEAK_BF16_FLOPS = {
     "TPU v4": 275e12,
@@ -26,7 +29,8 @@ PEAK_BF16_FLOPS = {
 
 
 def train_step_flops(config: Config) -> float:
-    """Model FLOPs of one step: 3 x the forward pass (recomputation is not work the model asked for).
+    """Model FLOPs of one step: 3 x the forward pass (recomputation is not work the model asked for), 1 x in a tower
+    that is frozen whole.
 
     Pair scores are counted as they are computed block by block, which takes less than 3 x their forward pass.
     """
@@ -35,7 +39,11 @@ def train_step_flops(config: Config) -> float:
     texts = images * config.data.captions.slots
     patches = math.ceil((config.model.image_size // shape.patch) ** 2 * (1 - config.model.patch_dropout))
     tokens = token_count(config.model)
-    vision = _tower(shape.vision, tokens + patches) + 2 * patches * shape.patch**2 * 3 * shape.vision.width
+    in_sequence = config.model.vision.pooling == "tokens"
+    vision = _tower(shape.vision, tokens * in_sequence + patches) + 2 * patches * shape.patch**2 * 3 * shape.vision.width
+    if not in_sequence:
+        width, mlp = shape.vision.width, shape.vision.mlp
+        vision += 4 * patches * width**2 + tokens * (2 * width**2 + 4 * width * mlp + 4 * patches * width)
     text = _tower(shape.text, config.model.text.length)
     if config.model.pooler == "mixer":
         projections = images * 4 * tokens * shape.vision.width * d + texts * 4 * shape.text.width * d
@@ -44,7 +52,13 @@ def train_step_flops(config: Config) -> float:
     else:
         projections = images * 2 * tokens * shape.vision.width * d + texts * 2 * shape.text.width * d
         pairs = 6.0 * texts * d
-    return 3.0 * (images * vision + texts * text + projections) + images * pairs
+    towers = _passes(config, "vision") * images * vision + _passes(config, "text") * texts * text
+    return towers + 3.0 * projections + images * pairs
+
+
+def _passes(config: Config, tower: str) -> float:
+    params = nnx.to_pure_dict(nnx.state(abstract_model(config), nnx.Param))
+    return 3.0 if any(path.startswith(f"{tower}/") for path in trained_paths(config.train.frozen, params)) else 1.0
 
 
 def _tower(shape: TowerShape, tokens: int) -> float:

@@ -17,8 +17,9 @@ from llip_jax.command_line import EXIT_FINISHED, EXIT_STOPPED
 from llip_jax.config import Config, ConfigError, resolve, to_dict
 from llip_jax.config_files import overridden
 from llip_jax.data.pipeline import build_tokenizer, train_batches
-from llip_jax.data.records import Batch, batch_shapes, fingerprint
+from llip_jax.data.records import Batch, Source, batch_shapes, fingerprint
 from llip_jax.data.sources import Split, build_source
+from llip_jax.data.tokenizers import Tokenizer
 from llip_jax.evaluation.evaluator import Evaluator
 from llip_jax.evaluation.results import summary
 from llip_jax.ops.plan import at_hand
@@ -31,7 +32,8 @@ from llip_jax.training.metrics import MetricsWriter, progress_bar, write_json
 from llip_jax.training.optimizer import make_optimizer
 from llip_jax.training.preemption import Stopped, StopRequest
 from llip_jax.training.recorder import Recorder
-from llip_jax.training.state import StateSpec, TrainState, init_state, state_spec
+from llip_jax.training.start import starting_params
+from llip_jax.training.state import StateSpec, TrainState, init_state, state_from, state_spec
 from llip_jax.training.step import DEVICE_COLUMNS, TrainStep, make_train_step
 
 _PURPOSES: dict[str, Split] = {"train on": "train", "evaluate": "eval"}
@@ -83,7 +85,8 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
         # XLA compiles outside the interpreter lock: tokenizer and state are made meanwhile.
         train_step = make_train_step(config, spec, optimizer)
         compiling = background.submit(compile_step, train_step, config, spec, mesh)
-        tokenizer = build_tokenizer(config.data.tokenizer, source, workdir / "tokenizer.json", config.model.text.length)
+        tokenizer = _tokenizer(config, source, workdir)
+        run_directory.keep_tokenizer(workdir, tokenizer)
         evaluator = Evaluator(config, spec.graph, mesh, eval_source, tokenizer)
         print(f"data: {source.summary()} to train on, {eval_source.summary()} to evaluate", flush=True)
         data_ready = clock()
@@ -154,12 +157,12 @@ def evaluate_run(workdir: Path, step: int | None = None, overrides: Sequence[str
     if step is None or step not in checkpoints.steps:
         raise ConfigError(f"--step: no checkpoint {step} in {workdir}; there are: {checkpoints.steps or 'none'}")
     source = build_source(config.data, "eval", config.model.image_size)
-    tokenizer_file = workdir / "tokenizer.json"
-    if config.data.tokenizer.name == "trained" and not tokenizer_file.exists():
+    if config.data.tokenizer.name == "trained" and run_directory.tokenizer_file(workdir) is None:
         raise ConfigError(
-            f"{tokenizer_file} is missing: the checkpoint means nothing without the tokenizer it learned with"
+            f"{workdir / 'tokenizer.json'} is missing: the checkpoint means nothing without the tokenizer that it "
+            "learned with"
         )
-    tokenizer = build_tokenizer(config.data.tokenizer, source, tokenizer_file, config.model.text.length)
+    tokenizer = _tokenizer(config, source, workdir)
     with jax.set_mesh(mesh):
         spec = state_spec(config, make_optimizer(config.optimizer, config.train.steps), mesh)
         params = checkpoints.restore_params(step, spec.abstract.params)
@@ -234,7 +237,7 @@ class _Loop:
         if path.exists():
             return True
         try:
-            results = _evaluate(self.evaluator, state.params, step, self.workdir, self.stop.check)
+            results = _evaluate(self.evaluator, state.evaluated_params, step, self.workdir, self.stop.check)
         except Stopped:
             return False
         for task in ("zero_shot", "retrieval", "two_stage"):
@@ -264,6 +267,11 @@ def _evaluate(
         write_json(workdir / "eval" / f"{step}.json", results)
         print("\n" + summary(results), flush=True)
     return results
+
+
+def _tokenizer(config: Config, source: Source, workdir: Path) -> Tokenizer:
+    named = run_directory.with_own_tokenizer(config.data.tokenizer, workdir)
+    return build_tokenizer(named, source, workdir / "tokenizer.json", config.model.text.length)
 
 
 def _check_batch(config: Config, mesh: Mesh) -> None:
@@ -306,6 +314,14 @@ def compile_step(train_step: TrainStep, config: Config, spec: StateSpec, mesh: M
         return jitted.lower(spec.abstract, abstract).compile()
 
 
+def _first_state(config: Config, optimizer: optax.GradientTransformation, spec: StateSpec) -> TrainState:
+    if not config.init.source:
+        return init_state(config, optimizer, spec)
+    adapted = starting_params(config)
+    print(f"starting from {config.init.source}: {adapted.summary()}", flush=True)
+    return state_from(adapted.params, optimizer, spec)
+
+
 def _restore_or_init(
     config: Config,
     checkpoints: Checkpoints,
@@ -316,7 +332,7 @@ def _restore_or_init(
 ) -> tuple[TrainState, Progress]:
     step, now = checkpoints.latest, fingerprint(identity)
     if step is None:
-        return init_state(config, optimizer, spec), Progress(0, 0.0, {}, now)
+        return _first_state(config, optimizer, spec), Progress(0, 0.0, {}, now)
     if step > config.train.steps:
         raise ConfigError(f"train.steps={config.train.steps}, but the run directory holds a checkpoint of step {step}")
     state, progress = checkpoints.restore(step, spec.abstract)

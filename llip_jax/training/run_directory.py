@@ -3,20 +3,26 @@
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import pydantic
 
-from llip_jax.config import Config, ConfigError, differences, resolve, to_dict
+from llip_jax.config import Config, ConfigError, TokenizerConfig, differences, resolve, to_dict
 from llip_jax.data.records import fingerprint
+from llip_jax.data.tokenizers import Tokenizer
+from llip_jax.interop.files import replacing
 from llip_jax.training.metrics import write_json
 from llip_jax.training.state import TrainState
 
 FIXED_FIELDS = (
     "seed",
     "train.batch_size",
+    "train.frozen",
+    "train.ema_decay",
+    "init",
     "data",
     "objective",
     "model.image_size",
@@ -24,6 +30,12 @@ FIXED_FIELDS = (
     "model.image_std",
     "model.text.length",
     "model.activation",
+    "model.vision.activation",
+    "model.vision.pooling",
+    "model.vision.token_weight",
+    "model.text.activation",
+    "model.text.causal",
+    "model.text.pooling",
     "model.layer_norm_epsilon",
     "model.mixer_temperature",
     "model.patch_dropout",
@@ -51,6 +63,9 @@ FREE_FIELDS = (
 """Exceptions: how fast data arrives, where it lies (its fingerprint is compared), and what is evaluated."""
 
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+"""What a run's own tokenizer may be called: one it has learned, or a copy of the file that it was given."""
+
 _CHANGES_SHOWN = 20
 _DATA = pydantic.TypeAdapter(dict[str, dict[str, str]])
 
@@ -70,7 +85,8 @@ def prepare(workdir: Path, config: Config) -> None:
         raise ConfigError(f"--workdir: cannot write to {workdir}: {error.strerror}") from None
     if not (workdir / "config.json").exists():
         # Left by a start that failed, perhaps with other data: a run's own tokenizer has a config.json beside it.
-        (workdir / "tokenizer.json").unlink(missing_ok=True)
+        for name in TOKENIZERS:
+            (workdir / name).unlink(missing_ok=True)
     else:
         lines = [
             line
@@ -82,6 +98,27 @@ def prepare(workdir: Path, config: Config) -> None:
                 f"--workdir: {workdir} holds a run that cannot go on with another configuration of its data or its "
                 "computation; use a new directory, or set back:\n" + "\n".join(f"  {line}" for line in lines)
             )
+
+
+def tokenizer_file(workdir: Path) -> Path | None:
+    """The run's own tokenizer, where it has one."""
+    return next((workdir / name for name in TOKENIZERS if (workdir / name).is_file()), None)
+
+
+def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
+    """Puts a copy of the tokenizer's file into the run directory, unless it is there."""
+    if tokenizer.file is None:
+        return
+    name, definition = tokenizer.file
+    if not (workdir / name).exists():
+        with replacing(workdir / name) as temporary:
+            temporary.write_bytes(definition)
+
+
+def with_own_tokenizer(config: TokenizerConfig, workdir: Path) -> TokenizerConfig:
+    """The run's own copy in place of a tokenizer file elsewhere, which may be gone."""
+    own = tokenizer_file(workdir)
+    return config if own is None or config.name in ("clip", "trained") else replace(config, name=str(own))
 
 
 def describe(workdir: Path, config: Config, state: TrainState, identity: Mapping[str, str]) -> None:

@@ -1,0 +1,62 @@
+"""Which library wrote a set of weights, and reading and writing them by its name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from llip_jax.config import ConfigError, nearest
+from llip_jax.interop import big_vision, huggingface, open_clip, pretrained
+from llip_jax.interop.weights import Weights
+
+READERS: dict[str, Callable[[Path], Weights]] = {
+    module.NAME: module.read for module in (pretrained, open_clip, huggingface, big_vision)
+}
+WRITERS: dict[str, Callable[[Weights, Path], None]] = {
+    module.NAME: module.write for module in (pretrained, open_clip, huggingface, big_vision)
+}
+
+
+def detect(path: Path) -> str:
+    """Name of the format of a file or folder of weights.
+
+    Raises:
+        ConfigError: nothing is there, or nothing that is known.
+    """
+    if not path.exists():
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: no such file or folder.{nearest(path.name, names) if names else ''}")
+    if path.is_file():
+        if path.suffix == ".npz":
+            return big_vision.NAME
+        if path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+            return open_clip.NAME
+    elif (path / pretrained.CONFIG).is_file():
+        return pretrained.NAME
+    elif (path / open_clip.CONFIG).is_file():
+        return open_clip.NAME
+    elif (path / huggingface.CONFIG).is_file():
+        return huggingface.NAME
+    raise ConfigError(
+        f"{path}: no weights that are known. Expected a folder with {pretrained.CONFIG} (llip_jax), {open_clip.CONFIG} "
+        f"(OpenCLIP) or {huggingface.CONFIG} (Hugging Face), or a file .npz (big_vision), .safetensors, .pt (OpenCLIP)"
+    )
+
+
+def read(path: Path, activation: str | None = None) -> Weights:
+    """Weights of any known format. ``activation`` is for a file of OpenCLIP that has no configuration beside it.
+
+    Raises:
+        ConfigError: what :func:`detect` or the format's reader refuses.
+    """
+    format = detect(path)
+    if format == open_clip.NAME and path.is_file() and not (path.parent / open_clip.CONFIG).exists():
+        return open_clip.read(path, activation)
+    return READERS[format](path)
+
+
+def write(weights: Weights, path: Path, format: str) -> None:
+    """Writes weights for another library.
+
+    Raises:
+        ConfigError: the model has no counterpart there, or the path cannot be written.
+    """
+    WRITERS[format](weights, path)

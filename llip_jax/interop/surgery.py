@@ -1,0 +1,194 @@
+"""From the parameters of one model to those of another configuration: what is copied, resampled, or made new.
+
+A model with one vector an image (CLIP, SigLIP) becomes a Llip that scores every pair as the model did. Its K mixture
+tokens are copies of the class token, which together count as one in the tower's attention (``model.vision.token_weight``
+= 1/K), so that each of them comes out as the class token would. Value and output projection are the old projection and
+the identity: whatever the mixing weights, the mixture is the old embedding. The copies differ in a random key bias, so
+that texts choose among them from the first step on, give them different gradients, and they part.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+from jaxtyping import Array, Float
+
+from llip_jax.config import Config, ConfigError, ModelConfig
+from llip_jax.config_files import merged
+from llip_jax.models.dual_encoder import DualEncoder, abstract_model
+
+LONG_CLIP_KEPT = 20
+"""Text positions that stretching leaves as they are: most captions end before (arXiv 2403.15378, section 3.1)."""
+
+_FIXED = ("class_token",)
+"""Poolers that other poolers may start from."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Parameters for another configuration, and for each path how they came about."""
+
+    params: dict[str, Any]
+    origin: dict[str, str]
+    dropped: tuple[str, ...]
+
+    def summary(self) -> str:
+        """How many parameters came about how, in words."""
+        changed = [f"{path} {how}" for path, how in self.origin.items() if how != "copied"]
+        copied = f"{len(self.origin) - len(changed)} of {len(self.origin)} parameters copied"
+        return "; ".join([copied, *changed, *(f"{path} dropped" for path in self.dropped)])
+
+
+def adapted_config(raw: Mapping[str, Any], source: Mapping[str, Any]) -> dict[str, Any]:
+    """A raw configuration whose gaps are filled from a source of weights (Weights.config).
+
+    Where a class token becomes several tokens by copying, what makes the first scores equal to the source's is filled
+    in too: ``model.vision.token_weight`` and ``model.mixer_key_bias``.
+    """
+    whole = merged(source, raw)
+    model, own = whole["model"], raw.get("model", {})
+    several = model.get("pooler", "mixer") not in _FIXED
+    if several and source["model"].get("pooler") in _FIXED and raw.get("init", {}).get("tokens", "copies") == "copies":
+        # What the source says of these is of its one token.
+        own_vision = own.get("vision", {})
+        if "mixture_tokens" not in own:
+            model["mixture_tokens"] = ModelConfig().mixture_tokens
+        if "mixer_key_bias" not in own:
+            model["mixer_key_bias"] = True
+        tokens = model["mixture_tokens"]
+        if "token_weight" not in own_vision and isinstance(tokens, int) and tokens > 0:
+            in_sequence = model["vision"].get("pooling", "tokens") == "tokens"
+            model["vision"]["token_weight"] = 1 / tokens if in_sequence else 1.0
+    return whole
+
+
+def adapt(params: Mapping[str, Any], source: Config, target: Config) -> Adapted:
+    """Parameters of the model ``target`` from those of the model ``source``.
+
+    Copied where path and shape agree; positions are resampled (:func:`resample_grid`, :func:`stretch`); tokens and
+    pooler by ``target.init``. New parameters are drawn as in training from random ones, by ``target.seed``.
+
+    Raises:
+        ConfigError: parameters that fit neither way; all are listed.
+    """
+    old = traverse_util.flatten_dict(params, sep="/")
+    wanted = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(abstract_model(target), nnx.Param)), sep="/")
+    made: dict[str, np.ndarray] = {}
+    origin: dict[str, str] = {}
+    problems: list[str] = []
+    new_pooler = source.model.pooler != target.model.pooler
+    if new_pooler and source.model.pooler not in _FIXED:
+        raise ConfigError(
+            f"model.pooler: weights with pooler {source.model.pooler!r} cannot become {target.model.pooler!r}; "
+            f"expected the same, or weights with pooler {_FIXED[0]!r}"
+        )
+    used = set()
+    for path, leaf in wanted.items():
+        found = old.get(path)
+        if path == "vision/tokens" and found is not None and new_pooler:
+            used.add(path)  # drawn below: noise and fresh tokens are random
+            continue
+        if found is not None and found.shape == leaf.shape:
+            made[path], origin[path] = found, "copied"
+        elif found is not None and path in _RESAMPLED:
+            made[path], origin[path] = _RESAMPLED[path](found, len(leaf.shape) and leaf.shape[0])
+        elif found is not None:
+            problems.append(f"  {path}: {list(found.shape)} in the weights, {list(leaf.shape)} in the configuration")
+        elif new_pooler and path in ("pooler/value", "pooler/output"):
+            made[path], origin[path] = _projection(path, old.get("pooler/image"), leaf.shape)
+        elif not (path.startswith("pooler/") and new_pooler) and path not in _MAY_BE_NEW:
+            problems.append(f"  {path} {list(leaf.shape)}: only in the configuration")
+        used.add(path)
+    dropped = old.keys() - used - ({"pooler/image"} if new_pooler else set())
+    problems += [f"  {path} {list(old[path].shape)}: only in the weights" for path in sorted(dropped - {"bias"})]
+    if problems:
+        raise ConfigError("the weights do not fit the configuration:\n" + "\n".join(problems))
+    fresh = _fresh(target, wanted.keys() - made.keys())
+    if "vision/tokens" in fresh:
+        fresh["vision/tokens"], origin["vision/tokens"] = _tokens(old["vision/tokens"], fresh["vision/tokens"], target)
+    for path in fresh:
+        origin.setdefault(path, "new")
+    params = traverse_util.unflatten_dict(made | fresh, sep="/")
+    return Adapted(params, {path: origin[path] for path in wanted}, tuple(sorted(dropped)))
+
+
+def _tokens(class_token: np.ndarray, fresh: np.ndarray, target: Config) -> tuple[np.ndarray, str]:
+    count = len(fresh)
+    if target.init.tokens == "fresh":
+        return np.concatenate([class_token, fresh[1:]]), f"class token and {count - 1} new"
+    tokens = np.repeat(class_token, count, axis=0)
+    if not target.init.token_noise:
+        return tokens, f"{count} copies of the class token"
+    noise = np.random.default_rng(target.seed).normal(size=tokens.shape) * target.init.token_noise * class_token.std()
+    return (tokens + noise).astype(np.float32), f"{count} copies of the class token, with noise"
+
+
+def _projection(path: str, image: np.ndarray | None, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
+    if path == "pooler/output":
+        return np.eye(shape[0], dtype=np.float32), "identity"
+    if image is None:  # SigLIP: the tower's width is the joint one
+        return np.eye(shape[0], dtype=np.float32).reshape(shape), "identity"
+    return image.reshape(shape), "the image projection"
+
+
+def _fresh(config: Config, paths: set[str]) -> dict[str, np.ndarray]:
+    """Initial values of some parameters; the compiler drops the others."""
+
+    def draw() -> dict[str, Array]:
+        params = nnx.to_pure_dict(nnx.state(DualEncoder(config, rngs=nnx.Rngs(config.seed)), nnx.Param))
+        return {path: x for path, x in traverse_util.flatten_dict(params, sep="/").items() if path in paths}
+
+    return {path: np.asarray(x) for path, x in jax.jit(draw)().items()} if paths else {}
+
+
+def resample_grid(positions: Float[np.ndarray, "P D"], patches: int) -> Float[np.ndarray, "patches D"]:
+    """Position embeddings of a square grid, for another one: antialiased bicubic, as OpenCLIP does.
+
+    Raises:
+        ConfigError: one of the grids is not square.
+    """
+    old, new = (round(count**0.5) for count in (len(positions), patches))
+    if old**2 != len(positions) or new**2 != patches:
+        raise ConfigError(f"model.image_size: cannot resample {len(positions)} positions to {patches}: not both square")
+    grid = positions.reshape(old, old, -1)
+    resized = jax.image.resize(jnp.asarray(grid), (new, new, grid.shape[-1]), "cubic", antialias=True)
+    return np.asarray(resized).reshape(patches, -1)
+
+
+def stretch(positions: Float[np.ndarray, "L D"], length: int) -> Float[np.ndarray, "length D"]:
+    """Text positions for another length: cut, or stretched by Long-CLIP's rule (arXiv 2403.15378, section 3.1).
+
+    The first ``LONG_CLIP_KEPT`` stay as they are; the others are interpolated linearly, the last ones go on in line.
+    """
+    old = len(positions)
+    if length <= old:
+        return positions[:length]
+    kept = min(LONG_CLIP_KEPT, old - 2)
+    # In float64 and rounded once: where a new position falls on an old one it is that one, bit by bit.
+    at = kept + np.arange(length - kept) * (old - kept) / (length - kept)
+    below = np.minimum(at.astype(int), old - 2)
+    share = (at - below)[:, None]
+    wide = positions.astype(np.float64)
+    return np.concatenate([positions[:kept], (wide[below] * (1 - share) + wide[below + 1] * share)]).astype(np.float32)
+
+
+def _resampled_grid(positions: np.ndarray, count: int) -> tuple[np.ndarray, str]:
+    old, new = (round(n**0.5) for n in (len(positions), count))
+    return resample_grid(positions, count), f"resampled from {old} x {old} to {new} x {new}"
+
+
+def _stretched(positions: np.ndarray, count: int) -> tuple[np.ndarray, str]:
+    how = "cut" if count < len(positions) else "stretched"
+    return stretch(positions, count), f"{how} from {len(positions)} to {count}"
+
+
+_RESAMPLED: dict[str, Callable[[np.ndarray, int], tuple[np.ndarray, str]]] = {
+    "vision/positions": _resampled_grid,
+    "text/positions": _stretched,
+}
+_MAY_BE_NEW = ("bias",)
+"""A logit bias where the source has none."""
