@@ -10,12 +10,14 @@ rates follow the number of pictures (llip_jax/training/start.py); config.json of
 Variants: configs/finetune.py:as_is (the model as it is, no mixer), :locked (image tower locked, arXiv 2111.07991).
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from llip_jax.config import ConfigError, nearest
 from llip_jax.config_files import merged
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "": {
         "model": {"pooler": "mixer", "mixture_tokens": 16},
         # New parameters start from noise, and each copy of the class token gets a share of its gradient.
@@ -30,7 +32,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     """The configuration."""
     if (variant or "") not in VARIANTS:
         raise ConfigError(f"variant: no variant named {variant!r}.{nearest(str(variant), [v for v in VARIANTS if v])}")
-    config = {
+    config: dict[str, Any] = {
         "data": {
             "source": "folder",
             "augment": {"crop_scale": (0.8, 1.0)},

@@ -141,7 +141,8 @@ def _read_weights(path: Path) -> Weights:
 
 
 class Model:
-    """A trained model. Methods may be called from several threads.
+    """A trained model. Methods may be called from several threads; they use one of their own beside the caller's, which
+    jax's context managers do not reach (``jax.config.update`` does).
 
     Pictures are given one at a time or as an iterable, a generator too: opened by Pillow, as uint8 RGB arrays, as
     paths, or as the bytes of files. They are resized and cropped as in evaluation. A string is one text.
@@ -257,7 +258,7 @@ class Model:
 
         def side() -> TextSide:
             texts = self.encode_text(text for own in spec.texts for text in own)
-            return _mean_text(self._text_side(texts), jnp.asarray(owner), len(spec.names))
+            return _mean_text(self._text_side(texts), owner, len(spec.names))
 
         logits = self.logit_scale * self._cosines(images, side)
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -291,7 +292,7 @@ class Model:
                 yield side
 
         count = len(columns.embedding)
-        padded = jax.tree.map(lambda x: _filled(x, _power_of_two(count)), columns)
+        padded = jax.tree.map(lambda x: _filled(np.asarray(x), _power_of_two(count)), columns)
         return np.concatenate([block[: counts.popleft(), :count] for block in score_blocks(on_device(), padded)])
 
     def _image_sides(self, images: Any) -> Iterator[tuple[int, ImageSide]]:
@@ -309,7 +310,7 @@ class Model:
         size = self._rows(len(tokens))
         for start in range(0, len(tokens), size):
             some = tokens[start : start + size]
-            yield len(some), jnp.asarray(_filled(some, size))
+            yield len(some), _filled(some, size)
 
     def _text_side(self, texts: Texts) -> TextSide:
         queries = texts.queries
@@ -317,7 +318,7 @@ class Model:
             raise ConfigError(f"texts: queries that do not go with the pooler {self.config.model.pooler!r}")
         # In the type in which the model made them: as exact, and products of it are as in evaluation.
         dtype = compute_dtype(self.computing.model.dtype)
-        return TextSide(jnp.asarray(texts.embedding), None if queries is None else jnp.asarray(queries, dtype))
+        return TextSide(*jax.device_put((texts.embedding, None if queries is None else queries.astype(dtype))))
 
     def _encoded(self, images: Any) -> Iterator[tuple[int, Float[Array, "n K Dv"], Float[Array, "n d"]]]:
         """Batches of image tokens and unconditioned embeddings, and how many rows of each are pictures."""
@@ -411,10 +412,8 @@ def _power_of_two(count: int) -> int:
     return 1 << (count - 1).bit_length()
 
 
-def _filled(rows: Any, count: int) -> Any:
-    """Rows of zeros appended, up to ``count``."""
-    missing = count - len(rows)
-    if not missing:
-        return rows
-    pad = np.pad if isinstance(rows, np.ndarray) else jnp.pad
-    return pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
+def _filled(rows: np.ndarray, count: int) -> Array:
+    """Rows and zeros behind them, ``count`` in all, on the device."""
+    # Filled up on the host: a device would compile it for every number of rows.
+    padding = [(0, count - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+    return jax.device_put(np.pad(rows, padding) if len(rows) < count else rows)

@@ -151,6 +151,8 @@ def test_writing_refuses_what_its_modules_cannot_compute(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"(?s)model.image_mean.*model.text.causal=True.*model.activation='gelu'"):
         big_vision.write(weights, tmp_path / "b.npz")
     assert not (tmp_path / "b.npz").exists()
+    with pytest.raises(ConfigError, match=r"expected a name that ends in \.npz"):
+        big_vision.write(weights, tmp_path / "b")
 
 
 def real_two_towers() -> Any:

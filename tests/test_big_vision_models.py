@@ -11,16 +11,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from big_vision_stand_in import GRID, PATCH, VISION, VOCABULARY, Vit, batch, nested, saved, siglip, value_range
 from flax import nnx
 from oracles import fast_to_compile, random_params, relative_error
 
-from llip_jax.config import Config, ConfigError, resolve
+from llip_jax.config import Config, ConfigError, resolve, to_dict
 from llip_jax.interop import big_vision, big_vision_models
+from llip_jax.interop.surgery import adapted_config
 from llip_jax.models.dual_encoder import abstract_model
-from llip_jax.models.sizes import model_shape
 from llip_jax.ops.pair_scores import MixtureSide
 
 
@@ -85,6 +86,19 @@ def test_loading_leaves_what_it_is_told_to(tmp_path: Path) -> None:
     assert same(loaded["vision"], weights.params["vision"])
 
 
+def test_a_siglip_goes_on_as_a_llip(tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.npz", siglip(5))
+    weights = big_vision.read(path)
+    section = adapted_config({"model": {"pooler": "mixer", "mixture_tokens": 3}}, weights.config)["model"]
+    fields = ml_collections.ConfigDict(section | {"vocabulary_size": VOCABULARY, "pad": 1})
+    model = big_vision_models.Model(**fields)
+    params = big_vision_models.load(None, str(path), fields)
+    images, texts = batch(5)
+    _, _, out = fast_to_compile(lambda: model.apply({"params": params}, value_range(images), texts))()
+    expected = our_logits(resolve(weights.config), weights.params, images, texts, np.ones_like(texts))
+    assert relative_error(out["logits"], expected) < 1e-5
+
+
 def test_a_mixer_gives_the_logits_of_pairs() -> None:
     fields = {"size": "Ti/4", "image_size": 8, "mixture_tokens": 3, "patch_dropout": 0.5}
     fields |= {"vision": {"layers": 1}, "text": {"layers": 1, "length": 6}}
@@ -135,18 +149,19 @@ def test_a_missing_big_vision_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         big_vision_models.register()
 
 
-def tower(width: int, name: str = "vit") -> big_vision_models.BigVisionTower:
+def config_with(width: int, name: str = "vit") -> Config:
     half = (0.5, 0.5, 0.5)
-    vision = {"width": width, "heads": 3, "mlp": 20, "patch": PATCH}
-    section = {"size": "Ti/4", "image_size": GRID * PATCH, "image_mean": half, "image_std": half, "vision": vision}
-    config = resolve({"model": section}).model
-    arguments = VISION | {"patch_size": [PATCH, PATCH]}  # a list, as JSON has it
-    shape, rngs = model_shape(config), nnx.Rngs(0)
-    return big_vision_models.BigVisionTower(config, shape, 4, name, arguments, dtype=jnp.float32, rngs=rngs)
+    theirs = {"name": name, "arguments": VISION | {"patch_size": (PATCH, PATCH)}}
+    vision = {"width": width, "heads": 3, "mlp": 20, "patch": PATCH, "big_vision": theirs}
+    text = {"layers": 1, "width": 20, "heads": 5, "mlp": 36, "length": 7}
+    model = {"size": "Ti/4", "image_size": GRID * PATCH, "image_mean": half, "image_std": half, "mixture_tokens": 4}
+    return resolve({"model": model | {"vision": vision, "text": text, "mixer_heads": 4}})
 
 
 def test_their_image_model_is_a_tower_of_ours(package: Any) -> None:
-    graph, variables = nnx.split(nnx.eval_shape(lambda: tower(VISION["width"])), nnx.Param)
+    config = config_with(VISION["width"])
+    assert resolve(to_dict(config)) == config
+    graph, variables = nnx.split(abstract_model(config).vision, nnx.Param)
     hash(graph)  # jit compares models by it
     rng = np.random.default_rng(4)
     params = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32), nnx.to_pure_dict(variables))
@@ -171,6 +186,6 @@ def test_their_image_model_is_a_tower_of_ours(package: Any) -> None:
 
 def test_a_tower_that_does_not_fit_is_refused(package: Any) -> None:
     with pytest.raises(ConfigError, match=r"model.vision.width: 48, but big_vision's 'vit' has 24"):
-        nnx.eval_shape(lambda: tower(48))
+        abstract_model(config_with(48))
     with pytest.raises(ConfigError, match=r"big_vision.models.vitt cannot be imported"):
-        tower(24, "vitt")
+        abstract_model(config_with(24, "vitt"))

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from oracles import import_open_clip
 from PIL import Image
 from run_helpers import ROOT, TINY, metrics, run, temporary_folder, words
 from run_helpers import train as train_run
@@ -180,13 +181,17 @@ def test_what_cannot_start_says_so_and_leaves_no_run(overrides: list[str], messa
 
 
 @pytest.mark.parametrize("format", ["open_clip", "huggingface"])
-def test_a_clip_goes_out_and_comes_back_bit_by_bit(format: str, tmp_path: Path) -> None:
+def test_a_clip_goes_out_and_comes_back_bit_by_bit(
+    format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import_open_clip()  # so that torchvision can be imported, which transformers does too
     workdir = tmp_path / "clip"
     clip = SIGLIP | {"model.logit_bias": None, "model.activation": "gelu", "objective.sigmoid": None}
     clip |= {"data.tokenizer.name": "clip", "data.tokenizer.vocabulary_size": 49408}
     done = train_run(workdir, clip | {"objective.softmax": {}, "train.steps": 2, "eval.every_steps": 2})
     assert done.returncode == 0, done.stderr
     assert convert(workdir, tmp_path / "out", format) == 0
+    assert f"{tmp_path / 'out'}: {format} against ours: images" in capsys.readouterr().out
     assert convert(tmp_path / "out", tmp_path / "back", "llip_jax") == 0
     before, after = (flat(read_weights(path).params) for path in (workdir, tmp_path / "back"))
     assert before.keys() == after.keys()

@@ -19,7 +19,7 @@ from llip_jax.config.data import (
     ToyWorldConfig,
 )
 from llip_jax.config.errors import ConfigError, nearest
-from llip_jax.config.model import ModelConfig, TextConfig, VisionConfig
+from llip_jax.config.model import BigVisionConfig, ModelConfig, TextConfig, VisionConfig
 from llip_jax.config.resolve import differences, field_name, resolve, to_dict
 from llip_jax.config.run import (
     CheckpointConfig,
@@ -36,6 +36,7 @@ from llip_jax.config.run import (
 
 __all__ = [
     "AugmentConfig",
+    "BigVisionConfig",
     "CaptionConfig",
     "CaptionRules",
     "CheckpointConfig",

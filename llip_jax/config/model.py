@@ -15,6 +15,16 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu"]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
+class BigVisionConfig:
+    """An image model of big_vision, where its modules can be imported (llip_jax/models/big_vision.py)."""
+
+    name: str = "vit"
+    """Its module, or one with the same outputs (``proj.flexi.vit``)."""
+    arguments: dict[str, bool | int | float | str | tuple[int, ...]] = Field(default_factory=dict)
+    """Of its ``Model``: ``{"variant": "B/16", "scan": True}``."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class VisionConfig:
     """Vision tower; a shape that is None takes the value of ``model.size``. The defaults are CLIP's tower."""
 
@@ -25,6 +35,9 @@ class VisionConfig:
     patch: int | None = Field(default=None, ge=1)
     activation: Activation | None = None
     """None: ``model.activation``."""
+    big_vision: BigVisionConfig | None = None
+    """In place of our tower; what follows, ``layers`` and ``patch`` have no effect then, learned tokens query its
+    patches, and ``width`` is what they are wide."""
     patch_bias: bool = False
     """A bias beside the patch embedding."""
     norm_pre: bool = True

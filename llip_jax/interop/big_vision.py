@@ -1,7 +1,7 @@
 """SigLIP and SigLIP 2 as big_vision keeps them: an .npz of ``proj.image_text.two_towers``, a ``vit`` and a text tower.
 
-Its arrays lie as ours do, but layers, and queries, keys and values, are arrays of their own. The model is read off their
-shapes; what these leave open is as in the released ones: text read at the last token, pixels from -1 to 1.
+Its arrays lie as ours do, but layers, and queries, keys and values, are arrays of their own. The model is read off
+their shapes; what these leave open is as in the released ones: text read at the last token, pixels from -1 to 1.
 """
 
 import math
@@ -69,11 +69,16 @@ def read(path: Path) -> Weights:
 def write(weights: Weights, path: Path) -> None:
     """Writes what big_vision's ``two_towers.load`` takes: ``params/...``, blocks one by one, as in SigLIP's release.
 
+    Its text tower loads them with ``scan=False`` only, its image tower with either.
+
     Raises:
-        ConfigError: a model that its modules cannot compute; all differences are listed.
+        ConfigError: a model that its modules cannot compute (all differences are listed), or another suffix.
     """
+    if path.suffix != ".npz":
+        raise ConfigError(f"{path}: expected a name that ends in .npz, by which big_vision knows its format")
     config = resolve(weights.config)
     common.require(config, "big_vision's two_towers", _REQUIRED | _activations(config))
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_npz(path, {f"params/{name}": x for name, x in to_theirs(rules(config), weights.params).items()})
 
 

@@ -1,4 +1,4 @@
-"""Our model under big_vision's trainers, and big_vision's image models as towers of ours. Needs big_vision on the path.
+"""Our model under big_vision's trainers. (For its image models as towers of ours: models/big_vision.py.)
 
 A big_vision configuration names our model like one of its own, once :func:`register` has been called::
 
@@ -8,8 +8,14 @@ A big_vision configuration names our model like one of its own, once :func:`regi
     config.model_name = "llip_jax"
     config.model = dict(  # fields of our section `model`, and two of `data.tokenizer`
         size="B/16", mixture_tokens=64, image_size=224, text=dict(length=64), vocabulary_size=32_000, pad=1)
-    config.model_init = "/weights/siglip.npz"  # anything that llip_jax reads; without it, from random parameters
-    config.model_load = dict(dont_load=["pooler/.*"])
+
+or, starting from weights of any format that we read, with what they fix taken from them::
+
+    source = formats.read(Path("siglip.npz")).config
+    config.model = surgery.adapted_config({"model": {"pooler": "mixer"}}, source)["model"]
+    config.model.update(vocabulary_size=32_000, pad=1)
+    config.model_init = "siglip.npz"
+    config.model_load = dict(dont_load=["log_scale", "bias"])
 
 With the poolers class_token, registers and average, its trainers and evaluators run as they are. A mixer makes another
 embedding of an image for every text, so that ``zimg`` is None; its trainer takes the logits of all pairs instead of
@@ -19,12 +25,10 @@ multiplying embeddings, in ``trainers/proj/image_text/siglip.py``::
     logits = extras["logits"]
 """
 
-import importlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -32,19 +36,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 from flax import nnx, traverse_util
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
-from llip_jax.config import Config, ConfigError, ModelConfig, resolve
+from llip_jax.config import Config, ConfigError, resolve
 from llip_jax.interop import formats
 from llip_jax.interop.surgery import adapt
+from llip_jax.models.big_vision import PACKAGE, import_big_vision
 from llip_jax.models.dual_encoder import DualEncoder, abstract_model
-from llip_jax.models.layers import AttentionPool, normal_param
-from llip_jax.models.sizes import ModelShape
-from llip_jax.models.vision import TowerOutput
 from llip_jax.ops.pair_scores import FixedSide, normalize
-from llip_jax.parallel.sharding import in_use
-
-_PACKAGE = "big_vision.models"
 
 
 def register(name: str = "llip_jax") -> None:
@@ -53,8 +52,8 @@ def register(name: str = "llip_jax") -> None:
     Raises:
         ConfigError: big_vision cannot be imported.
     """
-    setattr(_imported(_PACKAGE), name, sys.modules[__name__])
-    sys.modules[f"{_PACKAGE}.{name}"] = sys.modules[__name__]
+    setattr(import_big_vision(PACKAGE), name, sys.modules[__name__])
+    sys.modules[f"{PACKAGE}.{name}"] = sys.modules[__name__]
 
 
 def Model(**fields: Any) -> nn.Module:
@@ -165,64 +164,3 @@ def _normalized(embedding: Float[Array, "N d"], tower: str, out: dict[str, Any])
     out[f"{tower}/norm"] = jnp.linalg.norm(embedding, axis=1, keepdims=True)
     out[f"{tower}/normalized"] = normalize(embedding)
     return out[f"{tower}/normalized"]
-
-
-class BigVisionTower(nnx.Module):
-    """An image model of big_vision as a vision tower: learned queries attend to its encoded patches (AttentionPool).
-
-    Args:
-        config: of the whole model; its image size, mean and deviation count here too.
-        shape: its vision width is that of the tower's patches; width, heads and mlp are those of the attention.
-        tokens: number of learned queries.
-        name: big_vision's module, ``vit`` or one with the same outputs (``proj.flexi.vit``).
-        arguments: of its ``Model``: ``{"variant": "B/16", "scan": True}``.
-        dtype: what the attention computes in; a ``vit`` has ``dtype_mm`` among its arguments.
-        rngs: initial values.
-
-    Raises:
-        ConfigError: big_vision or the module cannot be imported, or its patches are not of that shape.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        shape: ModelShape,
-        tokens: int,
-        name: str,
-        arguments: Mapping[str, Any],
-        *,
-        dtype: Any,
-        rngs: nnx.Rngs,
-    ):
-        hashable = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
-        module = _imported(f"{_PACKAGE}.{name}").Model(**{"pool_type": "gap", **hashable})
-        picture = jnp.zeros([1, config.image_size, config.image_size, 3])
-        self.encoder = nnx.bridge.ToNNX(module, rngs).lazy_init(picture)
-        self.encoder.to_nnx__rngs = None  # else random state would be part of the model's
-        self.mean, self.std, self.dtype = config.image_mean, config.image_std, dtype
-        width = jax.eval_shape(self._patches, picture).shape[-1]
-        if width != shape.vision.width:
-            raise ConfigError(f"model.vision.width: {shape.vision.width}, but big_vision's {name!r} has {width}")
-        self.tokens = normal_param(rngs, width**-0.5, (tokens, width), (None, "embed"))
-        activation = config.vision.activation or config.activation
-        self.attention_pool = AttentionPool(shape.vision, activation, config.layer_norm_epsilon, dtype, rngs)
-
-    def __call__(self, images: UInt8[Array, "N H W 3"], dropout_key: Key[Array, ""] | None = None) -> TowerOutput:
-        """Image tokens; with ``dropout_key`` its dropout is on (training)."""
-        pixels = (images.astype(jnp.float32) / 255 - jnp.asarray(self.mean)) / jnp.asarray(self.std)
-        patches = self._patches(pixels, dropout_key).astype(self.dtype)
-        return TowerOutput(self.attention_pool(in_use(self.tokens, self.dtype), patches), patches)
-
-    def _patches(self, pixels: Float[Array, "N H W 3"], dropout_key: Key[Array, ""] | None = None) -> Array:
-        rngs = None if dropout_key is None else nnx.Rngs(dropout=dropout_key)
-        _, out = self.encoder(pixels, train=dropout_key is not None, rngs=rngs)
-        return out["encoded"]
-
-
-def _imported(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(
-            f"{module} cannot be imported ({error}); put a clone of github.com/google-research/big_vision on PYTHONPATH"
-        ) from error

@@ -14,8 +14,8 @@ from llip_jax.config import ConfigError
 def replacing_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A path beside ``path``, to be made a folder (or a file), that takes its place when the block ends.
 
-    Where the block fails it goes, and what was there stays as it was. With ``overwrite`` the old one lies beside between
-    two renames, and goes when the new one is in its place.
+    Where the block fails it goes, and what was there stays as it was. With ``overwrite`` the old one lies beside
+    between two renames, and goes when the new one is in its place.
 
     Raises:
         ConfigError: something is there and ``overwrite`` is not given, or it is no folder of mere files; or the place

@@ -1,10 +1,11 @@
 """From the parameters of one model to those of another configuration: what is copied, resampled, or made new.
 
 A model with one vector an image (CLIP, SigLIP) becomes a Llip that scores every pair as the model did. Its K mixture
-tokens are copies of the class token, which together count as one in the tower's attention (``model.vision.token_weight``
-= 1/K), so that each of them comes out as the class token would. Value and output projection are the old projection and
-the identity: whatever the mixing weights, the mixture is the old embedding. The copies differ in a random key bias, so
-that texts choose among them from the first step on, give them different gradients, and they part.
+tokens are copies of the class token, which together count as one in the tower's attention
+(``model.vision.token_weight`` = 1/K), so that each of them comes out as the class token would. Value and output
+projection are the old projection and the identity: whatever the mixing weights, the mixture is the old embedding. The
+copies differ in a random key bias, so that texts choose among them from the first step on, give them different
+gradients, and they part.
 """
 
 from collections.abc import Callable, Mapping
@@ -112,8 +113,11 @@ def adapt(params: Mapping[str, Any], source: Config, target: Config) -> Adapted:
         fresh["vision/tokens"], origin["vision/tokens"] = _tokens(old["vision/tokens"], fresh["vision/tokens"], target)
     for path in fresh:
         origin.setdefault(path, "new")
-    params = traverse_util.unflatten_dict(made | fresh, sep="/")
-    return Adapted(params, {path: origin[path] for path in wanted}, tuple(sorted(dropped)))
+    return Adapted(
+        traverse_util.unflatten_dict(made | fresh, sep="/"),
+        {path: origin[path] for path in wanted},
+        tuple(sorted(dropped)),
+    )
 
 
 def _tokens(class_token: np.ndarray, fresh: np.ndarray, target: Config) -> tuple[np.ndarray, str]:

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from llip_jax.config import Config
+from llip_jax.models.big_vision import BigVisionTower
 from llip_jax.models.pooling import POOLERS, Pooler, token_count
 from llip_jax.models.sizes import model_shape
 from llip_jax.models.text import TextTower
@@ -28,7 +29,11 @@ class DualEncoder(nnx.Module):
         shape = model_shape(model)
         dtype = compute_dtype(model.dtype)
         scan = jax.default_backend() != "cpu" if model.scan_layers == "auto" else model.scan_layers
-        self.vision = VisionTower(model, shape, token_count(model), dtype=dtype, scan=scan, rngs=rngs)
+        self.vision: VisionTower | BigVisionTower
+        if model.vision.big_vision is None:
+            self.vision = VisionTower(model, shape, token_count(model), dtype=dtype, scan=scan, rngs=rngs)
+        else:
+            self.vision = BigVisionTower(model, shape, token_count(model), dtype=dtype, rngs=rngs)
         vocabulary = config.data.tokenizer.vocabulary_size
         self.text = TextTower(model, shape, vocabulary, dtype=dtype, scan=scan, rngs=rngs)
         self.pooler: Pooler = POOLERS[model.pooler](model, shape, dtype, rngs)

@@ -82,8 +82,7 @@ class VisionTower(nnx.Module):
         if images.dtype != jnp.uint8 or images.shape[1:] != (self.image_size, self.image_size, 3):
             expected = f"uint8 [N, {self.image_size}, {self.image_size}, 3]"
             raise ValueError(f"images: expected {expected}, got {images.dtype} {list(images.shape)}")
-        # In float32: the subtraction would cost bfloat16 about a grey level.
-        pixels = (images.astype(jnp.float32) / 255 - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+        pixels = normalized_pixels(images, self.mean, self.std)
         x = patchify(pixels.astype(self.dtype), self.patch) @ in_use(self.patch_kernel, self.dtype)
         if self.patch_bias is not None:
             x += in_use(self.patch_bias, self.dtype)
@@ -100,6 +99,13 @@ class VisionTower(nnx.Module):
     def _transformed(self, x: Float[Array, "N S Dv"]) -> Float[Array, "N S Dv"]:
         x = constrain(x, "batch", None, None)
         return self.norm_post(self.transformer(x if self.norm_pre is None else self.norm_pre(x)))
+
+
+def normalized_pixels(
+    images: UInt8[Array, "N H W 3"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "N H W 3"]:
+    """Pixels as towers take them, in float32: the subtraction would cost bfloat16 about a grey level."""
+    return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
 
 
 def drop_patches(x: Float[Array, "N P D"], rate: float, key: Key[Array, ""]) -> Float[Array, "N kept D"]:

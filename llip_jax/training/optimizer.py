@@ -97,7 +97,10 @@ def _layers_down(path: str, leaves: dict[str, Any]) -> Any:
         return 0
     if path == "vision/tokens" and "vision/attention_pool/query" in leaves:  # the queries of that pooling
         return 0
-    layers = leaves[f"{tower}/transformer/blocks/qkv"].shape[0]
+    stacked = leaves.get(f"{tower}/transformer/blocks/qkv")
+    if stacked is None:
+        raise ConfigError("optimizer.layer_decay: the layers of a tower of big_vision are not known; expected 1.0")
+    layers = stacked.shape[0]
     if name.startswith("transformer/"):
         return np.arange(layers, 0, -1).reshape(-1, *[1] * (leaves[path].ndim - 1))
     return layers + 1
