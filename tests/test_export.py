@@ -31,15 +31,16 @@ from jax import export
 for name in {models!r}:
     os.chdir(os.path.join({folder!r}, name))
     weights = dict(np.load("weights.npz"))
-    image, text, score = (export.deserialize(open(f"{{x}}.jax_export", "rb").read()).call for x in ("image", "text", "score"))
+    names = ("image", "text", "score")
+    image, text, score = (export.deserialize(open(f"{{x}}.jax_export", "rb").read()).call for x in names)
     inputs = np.load(os.path.join({folder!r}, "inputs.npz"))
     results = {{}}
     for n, j in ((5, 7), (1, 2)):
         mixture, unconditioned = image(weights, inputs["images"][:n])
         sides = text(weights, inputs["tokens"][:j], inputs["mask"][:j])
-        cosines = score(weights, mixture, *sides)
-        results |= {{f"{{n}} {{what}}": x for what, x in zip(
-            ("mixture", "unconditioned", "cosines", "embedding", "queries"), (mixture, unconditioned, cosines, *sides))}}
+        outputs = mixture, unconditioned, score(weights, mixture, *sides), *sides
+        names = ("mixture", "unconditioned", "cosines", "embedding", "queries")
+        results |= {{f"{{n}} {{name}}": x for name, x in zip(names, outputs)}}
     np.savez("results.npz", **results)
     (program,) = re.findall("```python\\n(.*?)```", open("README.md").read(), re.S)
     names = {{}}
@@ -99,8 +100,9 @@ def test_the_description_is_that_of_the_programs(name: str) -> None:
     for program in description["programs"].values():
         read = jax_export.deserialize(bytearray((folder / program["file"]).read_bytes()))
         assert read.platforms == tuple(description["platforms"]) == ("cpu", "cuda", "tpu")
-        assert [str(x) for x in read.in_avals[len(weights.files) :]] == list(program["inputs"].values())
-        assert [str(x) for x in read.out_avals] == list(program["outputs"].values())
+        inputs = [str(x).replace(",", ", ") for x in read.in_avals[len(weights.files) :]]
+        outputs = [str(x).replace(",", ", ") for x in read.out_avals]
+        assert inputs == list(program["inputs"].values()) and outputs == list(program["outputs"].values())
         # Nothing that only some devices, or some versions, have.
         assert set(re.findall(r"custom_call @(\w+)", read.mlir_module())) <= {"shape_assertion"}
     model = model_of(name)
