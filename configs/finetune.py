@@ -4,8 +4,8 @@
         --workdir runs/finetuned
 
 WEIGHTS: a folder or file of OpenCLIP, Hugging Face or big_vision, what save_pretrained wrote, or a run directory.
-FOLDER holds captions.jsonl (README, "Your own data"). Model, tokenizer and loss are the source's; length, batch and learning
-rates follow the number of pictures (llip_jax/training/start.py); config.json of the run says what they came to.
+FOLDER holds captions.jsonl (README, "Your own data"). Model, tokenizer and loss are the source's; length, batch and
+learning rates follow the number of pictures (llip_jax/training/start.py); config.json of the run says what they came to.
 
 Variants: configs/finetune.py:as_is (the model as it is, no mixer), :locked (image tower locked, arXiv 2111.07991).
 """

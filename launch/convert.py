@@ -4,8 +4,8 @@
     python launch/convert.py --from runs/finetuned --to for_transformers --format huggingface
 
 --from takes a folder or file of OpenCLIP, Hugging Face or big_vision, a folder that this program wrote, or a run
-directory. Without --config.FIELD=VALUE the model stays what it is. Where the other library is installed, both are compared
-on random inputs. Exit codes: 0 finished, 2 bad input, 1 the comparison failed or anything else.
+directory. Without --config.FIELD=VALUE the model stays what it is. Where the other library is installed, both are
+compared on random inputs. Exit codes: 0 finished, 2 bad input, 1 the comparison failed or anything else.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""An image model of big_vision, which has to be on the path, as a vision tower: ``model.vision.big_vision`` names it."""
+"""An image model of big_vision (which has to be on the path) as a tower: ``model.vision.big_vision`` names it."""
 
 import importlib
 from types import ModuleType

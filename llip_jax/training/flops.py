@@ -40,11 +40,9 @@ def train_step_flops(config: Config) -> float:
     patches = math.ceil((config.model.image_size // shape.patch) ** 2 * (1 - config.model.patch_dropout))
     tokens = token_count(config.model)
     in_sequence = config.model.vision.pooling == "tokens"
-    vision = (
-        _tower(shape.vision, tokens * in_sequence + patches) + 2 * patches * shape.patch**2 * 3 * shape.vision.width
-    )
+    width, mlp = shape.vision.width, shape.vision.mlp
+    vision = _tower(shape.vision, tokens * in_sequence + patches) + 2 * patches * shape.patch**2 * 3 * width
     if not in_sequence:
-        width, mlp = shape.vision.width, shape.vision.mlp
         vision += 4 * patches * width**2 + tokens * (2 * width**2 + 4 * width * mlp + 4 * patches * width)
     text = _tower(shape.text, config.model.text.length)
     if config.model.pooler == "mixer":
