@@ -5,7 +5,7 @@
 
 WEIGHTS: a folder or file of OpenCLIP, Hugging Face or big_vision, what save_pretrained wrote, or a run directory.
 FOLDER holds captions.jsonl (README, "Your own data"). Model, tokenizer and loss are the source's; length, batch and
-learning rates follow the number of pictures (llip_jax/training/start.py); config.json of the run says what they came to.
+learning rates follow the number of pictures (llip_jax/training/start.py); the run's config.json says what they came to.
 
 Variants: configs/finetune.py:as_is (the model as it is, no mixer), :locked (image tower locked, arXiv 2111.07991).
 """

@@ -1,10 +1,9 @@
-"""What comparisons need: errors, random parameters, OpenCLIP without torchvision's operators, its weights as ours.
+"""What comparisons need: errors, random parameters, OpenCLIP without torchvision's operators.
 
 Torch is imported inside functions, so that tests which need no oracle from it run without it.
 """
 
 import functools
-import re
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -103,96 +102,10 @@ def weights_and_gradients(module: Any) -> tuple[Arrays, Arrays]:
     )
 
 
-def params_from_open_clip(arrays: Arrays, heads: tuple[int, int], class_token: Float[np.ndarray, "Dv"]) -> Params:
-    """OpenCLIP's parameters (or their gradients) as those of our class-token model without a logit bias.
+def torch_inputs(config: Config, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
+    """Pixels, normalised and channels first, and tokens."""
+    import torch
 
-    heads: of the vision and the text tower.
-    class_token: OpenCLIP adds a position to it, we do not. Of weights it is the sum of both; the gradients of both are
-        equal, and either is the gradient of the sum.
-    """
-    vision_heads, text_heads = heads
-    kernel = arrays["visual.conv1.weight"]  # out, in, row, column
-    return {
-        "vision": {
-            "patch_kernel": kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel)),
-            "tokens": class_token[None],
-            "positions": arrays["visual.positional_embedding"][1:],
-            "norm_pre": _norm(arrays, "visual.ln_pre"),
-            "transformer": {"blocks": _blocks(arrays, "visual.transformer.resblocks", vision_heads)},
-            "norm_post": _norm(arrays, "visual.ln_post"),
-        },
-        "text": {
-            "embedding": arrays["token_embedding.weight"],
-            "positions": arrays["positional_embedding"],
-            "transformer": {"blocks": _blocks(arrays, "transformer.resblocks", text_heads)},
-            "norm_final": _norm(arrays, "ln_final"),
-        },
-        "pooler": {"image": arrays["visual.proj"], "text": arrays["text_projection"]},
-        "log_scale": arrays["logit_scale"],
-    }
-
-
-def _norm(arrays: Arrays, name: str) -> Params:
-    return {"scale": arrays[f"{name}.weight"], "bias": arrays[f"{name}.bias"]}
-
-
-def _blocks(arrays: Arrays, name: str, heads: int) -> Params:
-    """All blocks of one tower, stacked along a leading layer axis."""
-    prefix = re.compile(re.escape(name) + r"\.(\d+)\.")
-    layers = 1 + max(int(match[1]) for match in map(prefix.match, arrays) if match)
-    blocks = [_block(arrays, f"{name}.{layer}", heads) for layer in range(layers)]
-    return jax.tree.map(lambda *layers: np.stack(layers), *blocks)
-
-
-def _block(arrays: Arrays, name: str, heads: int) -> Params:
-    qkv = arrays[f"{name}.attn.in_proj_weight"]  # queries, keys and values below each other, head by head
-    width = qkv.shape[1]
-    split = (3, heads, width // heads)
-    return {
-        "norm1": _norm(arrays, f"{name}.ln_1"),
-        "qkv": qkv.T.reshape(width, *split),
-        "qkv_bias": arrays[f"{name}.attn.in_proj_bias"].reshape(split),
-        "out": arrays[f"{name}.attn.out_proj.weight"].T.reshape(*split[1:], width),
-        "out_bias": arrays[f"{name}.attn.out_proj.bias"],
-        "norm2": _norm(arrays, f"{name}.ln_2"),
-        "up": arrays[f"{name}.mlp.c_fc.weight"].T,
-        "up_bias": arrays[f"{name}.mlp.c_fc.bias"],
-        "down": arrays[f"{name}.mlp.c_proj.weight"].T,
-        "down_bias": arrays[f"{name}.mlp.c_proj.bias"],
-    }
-
-
-OPEN_CLIP_NAMES = {
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding": "visual.conv1",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm": "visual.ln_pre",
-    "vision_model.post_layernorm": "visual.ln_post",
-    "vision_model.encoder.layers": "visual.transformer.resblocks",
-    "text_model.embeddings.token_embedding": "token_embedding",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.final_layer_norm": "ln_final",
-    "text_model.encoder.layers": "transformer.resblocks",
-    "self_attn.out_proj": "attn.out_proj",
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-"""Parts of Hugging Face's names and what OpenCLIP calls them."""
-
-
-def open_clip_from_hugging_face(arrays: Arrays) -> Arrays:
-    """Parameters (or gradients) of transformers' CLIPModel under OpenCLIP's names and in its shapes."""
-    renamed = {}
-    for name, array in arrays.items():
-        for part, open_clip_part in OPEN_CLIP_NAMES.items():
-            name = name.replace(part, open_clip_part)
-        renamed[name] = array
-    renamed["visual.proj"] = renamed.pop("visual_projection.weight").T
-    renamed["text_projection"] = renamed.pop("text_projection.weight").T
-    for name in [name for name in renamed if ".self_attn.q_proj." in name]:
-        parts = [renamed.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
-        block, _, kind = name.partition(".self_attn.q_proj.")
-        renamed[f"{block}.attn.in_proj_{kind}"] = np.concatenate(parts)
-    return renamed
+    mean, std = (np.array(x, np.float32) for x in (config.model.image_mean, config.model.image_std))
+    pixels = (batch["image"].astype(np.float32) / 255 - mean) / std
+    return torch.from_numpy(pixels.transpose(0, 3, 1, 2)).double(), torch.from_numpy(batch["text"][:, 0]).long()

@@ -15,7 +15,14 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from oracles import add_noise, import_open_clip, random_params, relative_error, weights_and_gradients
+from oracles import (
+    add_noise,
+    import_open_clip,
+    random_params,
+    relative_error,
+    torch_inputs,
+    weights_and_gradients,
+)
 from test_towers import (
     EMBED,
     IMAGE,
@@ -28,7 +35,6 @@ from test_towers import (
     assert_equal_runs,
     random_batch,
     run_ours,
-    torch_inputs,
 )
 
 from llip_jax.config import ConfigError, resolve
