@@ -45,10 +45,15 @@ def test_a_file_appears_under_its_own_ending(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     write(tmp_path / "x", "old")
-    with pytest.raises(RuntimeError, match="midway"), replacing_folder(tmp_path / "x", overwrite=True) as temporary:
-        temporary.mkdir()
-        (temporary / "a.txt").write_text("half")
-        raise RuntimeError("midway")
+
+    def fail() -> None:
+        with replacing_folder(tmp_path / "x", overwrite=True) as temporary:
+            temporary.mkdir()
+            (temporary / "a.txt").write_text("half")
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fail()
     assert (tmp_path / "x" / "a.txt").read_text() == "old"
     assert names(tmp_path) == {"x"}
 
