@@ -87,7 +87,7 @@ def test_overwriting_has_to_be_asked_for_and_spares_folders_of_folders(tmp_path:
 
 def test_a_place_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written: Not a directory"):
+    with pytest.raises(ConfigError, match="cannot be written: File exists"):
         write(tmp_path / "file" / "x", "one")
 
 
