@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,12 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=8)
     parser.add_argument("--runs", type=int, default=3, help="of `first`")
     args = parser.parse_args()
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0))}
+    machine = {
+        "cores": len(os.sched_getaffinity(0)),
+        "jax": version("jax"),
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "weights"
         write_weights(args.size, args.tokens, folder)

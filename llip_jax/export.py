@@ -202,6 +202,7 @@ def _readme(model: Model) -> str:
         length=config.text.length,
         scale=model.logit_scale,
         bias=model.logit_bias,
-        pair_bytes=4 * (3 * width + 2 * config.mixer_heads * config.mixture_tokens) if mixed else 4,
+        # Mixing weights and mixed values, and what each of them is made of.
+        pair_bytes=4 * 2 * (config.mixer_heads * config.mixture_tokens + width) if mixed else 4,
         unconditioned=_UNCONDITIONED[mixed],
     )

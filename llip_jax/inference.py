@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from llip_jax.config import Config, ConfigError, EvalConfig, TokenizerConfig, resolve, to_dict
-from llip_jax.data.images import Pixels, _to_rgb, open_picture, resize_for_eval
+from llip_jax.data.images import Pixels, from_pillow, open_picture, resize_for_eval
 from llip_jax.data.records import BadSample
 from llip_jax.data.tokenizers import ClipTokenizer, Tokenizer, check_tokenizer, load_tokenizer
 from llip_jax.evaluation.classes import ClassSpec
@@ -141,11 +141,13 @@ def _read_weights(path: Path) -> Weights:
 
 
 class Model:
-    """A trained model. Methods may be called from several threads; they use one of their own beside the caller's, which
-    jax's context managers do not reach (``jax.config.update`` does).
+    """A trained model.
 
     Pictures are given one at a time or as an iterable, a generator too: opened by Pillow, as uint8 RGB arrays, as
     paths, or as the bytes of files. They are resized and cropped as in evaluation. A string is one text.
+
+    Methods may be called from several threads. Texts are encoded in a thread beside the caller's, which jax's context
+    managers do not reach (``jax.config.update`` does).
 
     Args:
         weights: of any format.
@@ -360,7 +362,7 @@ class Model:
         if isinstance(image, Image.Image):
             with self._pillow:  # It decodes on first use, and the same one may be given twice.
                 image.load()
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return from_pillow(image, self.config.data.limits)
         if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
             return image
         found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__

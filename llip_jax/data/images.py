@@ -125,8 +125,7 @@ def _orientation(data: bytes) -> int:
 def _decode_any(data: bytes, limits: LimitsConfig) -> Pixels:
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            _check_size(image.height, image.width, limits)
-            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+            return from_pillow(image, limits)
     except BadSample:
         raise
     except Image.DecompressionBombError as error:
@@ -135,6 +134,17 @@ def _decode_any(data: bytes, limits: LimitsConfig) -> Pixels:
         raise BadSample("not_an_image", "no known image format") from error
     except Exception as error:  # Pillow's plug-ins raise nearly any type on damaged files.
         raise BadSample("truncated_image", f"cannot decode image: {error}") from error
+
+
+def from_pillow(image: Image.Image, limits: LimitsConfig = LimitsConfig()) -> Pixels:
+    """Pixels of a picture that Pillow has opened, as :class:`Picture` describes them.
+
+    Raises:
+        BadSample: more pixels or a shorter side than ``limits`` allow, or pixels without a defined range.
+        Exception: what Pillow raises on a damaged file.
+    """
+    _check_size(image.height, image.width, limits)
+    return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
 
 
 def _upright(image: Pixels, orientation: int) -> Pixels:
