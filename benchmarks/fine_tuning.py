@@ -2,10 +2,10 @@
 
     python benchmarks/fine_tuning.py --emoji FOLDER --base RUN --workdir DIR --out benchmarks/results/fine_tuning.jsonl
 
-FOLDER: the emoji of README ("Your own data"), six vendors. RUN: a run of configs/llip_folder.py:siglip on five of them.
-The sixth (openmoji) is divided by emoji family: four fifths to train on, a fifth to evaluate. All arms of a seed see
-the same batches. One JSON line a run: training loss (mean of the last ten steps), image-to-text recall on the held-out
-fifth.
+FOLDER: the emoji of README ("Your own data"), six vendors. RUN: configs/llip_folder.py:siglip, 600 steps, on five of
+them. The sixth (openmoji) is divided by emoji family: four fifths to train on, a fifth to evaluate. All arms of a seed
+see the same batches. One JSON line a run: training loss (mean of the last ten steps), image-to-text recall on the
+held-out fifth.
 """
 
 import argparse

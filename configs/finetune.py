@@ -18,11 +18,7 @@ from llip_jax.config import ConfigError, nearest
 from llip_jax.config_files import merged
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "": {
-        "model": {"pooler": "mixer", "mixture_tokens": 16},
-        # New parameters start from noise, and each copy of the class token gets a share of its gradient.
-        "optimizer": {"rates": {"pooler/[qk]*": 10.0, "vision/tokens": 30.0}},
-    },
+    "": {"model": {"pooler": "mixer"}},
     "as_is": {},
     "locked": {"train": {"frozen": ("vision/*",)}},
 }

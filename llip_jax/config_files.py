@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict
 
-from llip_jax.config import Config, ConfigError, field_name, nearest, resolve
+from llip_jax.config import Config, ConfigError, dataclass_in, field_name, nearest, resolve
 
 LADDER: dict[str, dict[str, Any]] = {
     "": {},
@@ -65,7 +65,13 @@ def overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A plain nested configuration with ``field.path=value`` overrides put in; changes ``raw``."""
     for override in overrides:
         name, _, text = override.partition("=")
-        _set(raw, name.split("."), _parse(name.split("."), text))
+        path = name.split(".")
+        hint = _hint(path)
+        value = _parse(hint, text)
+        if isinstance(hint, type) and is_dataclass(hint) and not isinstance(value, Mapping):
+            first = next(iter(_fields(hint)))
+            raise ConfigError(f"{name}: {value!r} is not valid: expected one of its fields, as {name}.{first}")
+        _set(raw, path, value)
     return raw
 
 
@@ -90,12 +96,17 @@ def _run_config_file(path: Path, arg: str | None) -> dict[str, Any]:
         sys.path.remove(str(path.parent))
 
 
-def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested mapping with changes put in; a copy."""
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any], owner: type = Config) -> dict[str, Any]:
+    """A raw configuration with changes put in, section by section; a copy.
+
+    Mappings that are values, such as ``optimizer.rates``, are replaced whole. ``owner`` is whose fields they are.
+    """
     result = copy.deepcopy(dict(base))
+    hints = _fields(owner)
     for name, value in changes.items():
-        nested = isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
-        result[name] = merged(result[name], value) if nested else copy.deepcopy(value)
+        section = dataclass_in(hints.get(name))
+        nested = section and isinstance(value, Mapping) and isinstance(result.get(name), Mapping)
+        result[name] = merged(result[name], value, section) if nested and section else copy.deepcopy(value)
     return result
 
 
@@ -107,14 +118,16 @@ def _set(raw: dict[str, Any], path: list[str], value: Any) -> None:
     raw[path[-1]] = value
 
 
-def _parse(path: list[str], text: str) -> Any:
-    """A Python literal where the text is one (and the field is not itself a string), otherwise the text."""
+def _hint(path: list[str]) -> Any:
+    """The type of a field, or None."""
     hint: Any = Config
     for name in path:
-        if get_origin(hint) is dict:
-            hint = get_args(hint)[1]
-        else:
-            hint = _fields(hint).get(name)
+        hint = get_args(hint)[1] if get_origin(hint) is dict else _fields(dataclass_in(hint)).get(name)
+    return hint
+
+
+def _parse(hint: Any, text: str) -> Any:
+    """A Python literal where the text is one (and the field is not itself a string), otherwise the text."""
     if hint is str:
         return text
     try:

@@ -55,13 +55,20 @@ pictures = np.zeros((2, {size}, {size}, 3), np.uint8)  # RGB, resized and croppe
 tokens, mask = np.zeros((3, {length}), np.int32), np.ones((3, {length}), np.int32)  # as the tokenizer gives them
 mixture, unconditioned = image(weights, pictures)
 cosines = np.asarray(score(weights, mixture, *text(weights, tokens, mask)))  # [2, 3]
-probabilities = 1 / (1 + np.exp(-({scale:.9g} * cosines + {bias:.9g})))  # of a match, if trained with the sigmoid loss
+logits = {scale:.9g} * cosines + {bias:.9g}
+probabilities = {probabilities}
 ```
 
 Each new number of pictures or texts is compiled when it first comes: fill batches up to powers of two. `score` holds
 all pairs at once, about {pair_bytes:,} bytes for a picture with a text; give it so many at a time.
 {unconditioned}
 """
+
+_PROBABILITIES = {
+    True: "1 / (1 + np.exp(-logits))  # that a picture and a text match",
+    False: "np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)  # of each text among these",
+}
+"""By whether the model was trained with the sigmoid loss."""
 
 _UNCONDITIONED = {
     True: "Pairs are scored by `score` alone. `unconditioned` knows no text: it is good for a shortlist, and to be "
@@ -200,6 +207,7 @@ def _readme(model: Model) -> str:
         dtype=_dtype_name(model),
         size=config.image_size,
         length=config.text.length,
+        probabilities=_PROBABILITIES[model.config.objective.sigmoid is not None],
         scale=model.logit_scale,
         bias=model.logit_bias,
         # Mixing weights and mixed values, and what each of them is made of.

@@ -22,11 +22,10 @@ from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
 from llip_jax.config import Config, ConfigError, EvalConfig, TokenizerConfig, resolve, to_dict
-from llip_jax.data.images import Pixels, from_pillow, open_picture, resize_for_eval
+from llip_jax.data.images import Pixels, check_size, from_pillow, open_picture, resize_for_eval
 from llip_jax.data.records import BadSample
 from llip_jax.data.tokenizers import ClipTokenizer, Tokenizer, check_tokenizer, load_tokenizer
 from llip_jax.evaluation.classes import ClassSpec
-from llip_jax.evaluation.scorers import mean_text
 from llip_jax.evaluation.scoring import one_late, score_blocks
 from llip_jax.interop import formats, pretrained
 from llip_jax.interop.weights import Weights
@@ -34,14 +33,13 @@ from llip_jax.models.dual_encoder import abstract_model, compute_dtype
 from llip_jax.models.pooling import token_count
 from llip_jax.models.sizes import model_shape
 from llip_jax.models.vision import TowerOutput
+from llip_jax.ops.pair_blocks import check_sides
 from llip_jax.ops.pair_scores import ImageSide, TextSide, normalize
 
 Picture = Image.Image | Pixels | str | Path | bytes
 """An open picture, its pixels, the path of its file, or what is in the file."""
 
 TEMPLATES = EvalConfig().templates
-
-_mean_text = jax.jit(mean_text, static_argnames="classes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,8 +157,8 @@ class Model:
     """
 
     def __init__(self, weights: Weights, *, batch_size: int = 32, dtype: str = "auto"):
-        if batch_size < 1:
-            raise ConfigError(f"batch_size: {batch_size} is not valid: expected at least 1")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigError(f"batch_size: {batch_size!r} is not valid: expected an int of at least 1")
         self.config = resolve(weights.config)
         computing = to_dict(self.config)
         # A loop over layers compiles in a fifth of the time, and without gradients it runs no slower on a CPU.
@@ -171,6 +169,10 @@ class Model:
         self._compiled = Functions(*(jax.jit(function) for function in functions(self.computing)))
         self._batch_size = batch_size
         self._pillow = threading.Lock()
+
+    def __repr__(self) -> str:
+        model = self.config.model
+        return f"Model({model.pooler}, {token_count(model)} image tokens, {model.image_size} pixels)"
 
     @property
     def params(self) -> Any:
@@ -256,11 +258,14 @@ class Model:
         if isinstance(classes, str):
             raise ConfigError(f"classes: expected several names, got {classes!r}")
         spec = ClassSpec.from_names(_strings(classes, "classes"), _strings(templates, "templates"))
-        owner = np.repeat(np.arange(len(spec.names)), [len(own) for own in spec.texts])
+
+        def mean(x: Float[np.ndarray, "J *d"]) -> Float[np.ndarray, "C *d"]:
+            return x.reshape(len(spec.names), -1, *x.shape[1:]).mean(axis=1)
 
         def side() -> TextSide:
+            # As evaluation.scorers.mean_text, which would compile for every number of classes and templates.
             texts = self.encode_text(text for own in spec.texts for text in own)
-            return _mean_text(self._text_side(texts), owner, len(spec.names))
+            return self._text_side(Texts(*jax.tree.map(mean, (texts.embedding, texts.queries))))
 
         logits = self.logit_scale * self._cosines(images, side)
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -286,6 +291,10 @@ class Model:
             sides = self._image_sides(images)
             first = next(sides)
             columns = coming.result()
+        try:
+            check_sides(first[1], columns)
+        except ValueError as error:
+            raise ConfigError(f"texts: {error}") from error
         counts: deque[int] = deque()
 
         def on_device() -> Iterator[ImageSide]:
@@ -348,11 +357,11 @@ class Model:
 
     def _prepared(self, index: int, image: Any) -> Pixels:
         try:
-            pixels = self._read(image)
-        except (BadSample, OSError, SyntaxError) as error:  # the last is Pillow's for a broken PNG
+            return resize_for_eval(self._read(image), self.config.model.image_size)
+        except Exception as error:  # Pillow raises nearly any type on what it cannot read.
             where = f" ({image})" if isinstance(image, str | Path) else ""
-            raise ConfigError(f"images[{index}]{where}: {error}") from error
-        return resize_for_eval(pixels, self.config.model.image_size)
+            problem = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise ConfigError(f"images[{index}]{where}: {problem}") from error
 
     def _read(self, image: Any) -> Pixels:
         if isinstance(image, str | Path):
@@ -363,7 +372,8 @@ class Model:
             with self._pillow:  # It decodes on first use, and the same one may be given twice.
                 image.load()
             return from_pillow(image, self.config.data.limits)
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,) and image.size:
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
+            check_size(image.shape[0], image.shape[1], self.config.data.limits)
             return image
         found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
         raise BadSample(
@@ -391,6 +401,10 @@ def _strings(texts: str | Iterable[str], what: str) -> list[str]:
     for index, text in enumerate(listed):
         if not isinstance(text, str):
             raise ConfigError(f"{what}[{index}]: expected a string, got {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"{what}[{index}] has half of a surrogate pair ({error})") from error
     if not listed:
         raise ConfigError(f"{what}: expected at least one, got none")
     return listed

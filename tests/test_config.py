@@ -26,10 +26,13 @@ from llip_jax.models.pooling import token_count
 from llip_jax.models.sizes import model_shape
 
 FILES = sorted(path for path in (ROOT / "configs").glob("*.py") if "def get_config(" in path.read_text())
+FINE_TUNING = ROOT / "configs" / "finetune.py"
+VARIANTS = [
+    (file, variant) for file in FILES for variant in (LADDER if file != FINE_TUNING else ("", "as_is", "locked"))
+]
 
 
-@pytest.mark.parametrize("variant", LADDER)
-@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(("file", "variant"), VARIANTS, ids=lambda value: getattr(value, "stem", value))
 def test_every_file_and_variant_loads_and_comes_back_unchanged(file: Path, variant: str) -> None:
     config = load(f"{file}:{variant}" if variant else str(file))
     assert resolve(to_dict(config)) == config

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +24,7 @@ from llip_jax.config import ConfigError, resolve, to_dict
 from llip_jax.config_files import read
 from llip_jax.convert import convert
 from llip_jax.inference import load
-from llip_jax.interop import formats
+from llip_jax.interop import formats, parity
 from llip_jax.training.run_directory import read_config
 from llip_jax.training.start import completed, fine_tuning, read_weights
 
@@ -191,7 +192,7 @@ def test_a_clip_goes_out_and_comes_back_bit_by_bit(
     done = train_run(workdir, clip | {"objective.softmax": {}, "train.steps": 2, "eval.every_steps": 2})
     assert done.returncode == 0, done.stderr
     assert convert(workdir, tmp_path / "out", format) == 0
-    assert f"{tmp_path / 'out'}: {format} against ours: images" in capsys.readouterr().out
+    assert f"{tmp_path / 'out'}: ours against {format}: images" in capsys.readouterr().out
     assert convert(tmp_path / "out", tmp_path / "back", "llip_jax") == 0
     before, after = (flat(read_weights(path).params) for path in (workdir, tmp_path / "back"))
     assert before.keys() == after.keys()
@@ -199,11 +200,88 @@ def test_a_clip_goes_out_and_comes_back_bit_by_bit(
         np.testing.assert_array_equal(x, after[path])
 
 
+def test_a_source_that_is_a_llip_stays_what_it_is_and_learns_at_one_rate() -> None:
+    overrides = [f"init.from={fine_tuned()}", f"data.path={pictures()}"]
+    config = resolve(completed(read(FINE_TUNING, overrides), None))
+    assert config.model.mixture_tokens == 4 and config.optimizer.rates == {}
+    surgery = resolve(completed(read(FINE_TUNING, [f"init.from={source_run()}", overrides[1]]), None))
+    assert surgery.model.mixture_tokens == 16 and surgery.optimizer.rates["vision/tokens"] == 30
+    locked = [f"init.from={source_run()}", overrides[1], "train.frozen=vision/*"]
+    assert "vision/tokens" not in resolve(completed(read(FINE_TUNING, locked), None)).optimizer.rates
+
+
+def test_a_given_length_shapes_the_schedule() -> None:
+    overrides = [f"init.from={source_run()}", f"data.path={pictures()}", "train.steps=20"]
+    config = resolve(completed(read(FINE_TUNING, overrides), None))
+    assert (config.train.steps, config.optimizer.warmup_steps) == (20, 2)
+
+
+def test_a_run_that_goes_on_takes_new_rates_whole_and_its_source_by_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(source_run().parent)
+    overrides = [f"init.from={source_run().name}", f"data.path={pictures()}", "optimizer.rates={'text/*': 0.5}"]
+    config = resolve(completed(read(FINE_TUNING, overrides), fine_tuned()))
+    assert config.optimizer.rates == {"text/*": 0.5}
+    assert config.init.source == str(source_run())
+
+
+def test_given_weights_are_evaluated_before_they_change() -> None:
+    before, after = (json.loads((fine_tuned() / "eval" / f"{step}.json").read_text()) for step in (0, 4))
+    assert before["step"] == 0 and before["retrieval"].keys() == after["retrieval"].keys()
+
+
+def test_a_finished_run_says_so() -> None:
+    done = fine_tune(fine_tuned(), source_run())
+    assert done.returncode == 0, done.stderr
+    assert "complete at step 4; with a higher train.steps it goes on" in done.stdout
+
+
+def test_a_source_without_the_tokenizer_it_learned_with_is_refused(tmp_path: Path) -> None:
+    source = shutil.copytree(source_run(), tmp_path / "source")
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is missing"):
+        read_weights(source)
+
+
+def test_a_folder_of_weights_is_no_run_directory_and_loses_nothing(tmp_path: Path) -> None:
+    load(source_run()).save_pretrained(tmp_path / "weights")
+    before = sorted(path.name for path in (tmp_path / "weights").iterdir())
+    done = fine_tune(tmp_path / "weights", tmp_path / "weights")
+    assert done.returncode == 2
+    assert "holds weights (model.safetensors); expected a folder for the run alone" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == before
+
+
+def test_mixture_tokens_without_a_mixer_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.mixture_tokens=4 has no effect with model\.pooler='class_token'"):
+        convert(source_run(), Path("nowhere"), "llip_jax", ["model.mixture_tokens=4"])
+
+
+def test_another_tokenizer_is_written_where_one_is_named(tmp_path: Path) -> None:
+    other = json.loads((source_run() / "tokenizer.json").read_text())
+    other["normalizer"] = None
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert convert(source_run(), tmp_path / "out", "llip_jax", [f"data.tokenizer.name={tmp_path / 'other.json'}"]) == 0
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == other
+
+
+def test_comparisons_are_made_in_float32_whatever_the_model_is_trained_in() -> None:
+    weights = read_weights(source_run())
+    config = resolve(weights.config)
+    half = replace(config, model=replace(config.model, dtype="bfloat16"))
+    inputs = parity.random_inputs(weights)
+    one, other = (parity.ours(c, weights.params, inputs) for c in (config, half))
+    assert parity.differences(one, other) == {"images": 0, "texts": 0, "logits": 0}
+
+
 def test_a_llip_has_no_place_in_other_libraries(tmp_path: Path) -> None:
     for format in ("open_clip", "huggingface", "big_vision"):
         with pytest.raises(ConfigError, match="mixer"):
-            convert(fine_tuned(), tmp_path / "out", format)
-    assert not (tmp_path / "out").exists()
+            convert(fine_tuned(), tmp_path / "out.npz", format)
+    assert not (tmp_path / "out.npz").exists()
+    with pytest.raises(
+        ConfigError, match=r"--to: out is not valid: big_vision's weights are a file; expected out\.npz"
+    ):
+        convert(fine_tuned(), Path("out"), "big_vision")
 
 
 def test_conversion_makes_a_llip_and_refuses_to_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from llip_jax.interop.folders import replacing_folder
 
 
 def write(path: Path, text: str, overwrite: bool = False) -> None:
-    with replacing_folder(path, overwrite) as temporary:
+    with replacing_folder(path, overwrite, {"a.txt", "b.txt"}) as temporary:
         temporary.mkdir()
         (temporary / "a.txt").write_text(text)
 
@@ -35,7 +35,7 @@ def test_a_file_appears_under_its_own_ending(tmp_path: Path) -> None:
     with replacing_folder(tmp_path / "weights.npz") as temporary:
         assert temporary.suffix == ".npz"
         temporary.write_text("one")
-    with pytest.raises(ConfigError, match="there is a file already"), replacing_folder(tmp_path / "weights.npz"):
+    with pytest.raises(ConfigError, match="there is something already"), replacing_folder(tmp_path / "weights.npz"):
         pass
     with replacing_folder(tmp_path / "weights.npz", overwrite=True) as temporary:
         temporary.write_text("two")
@@ -47,7 +47,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
     write(tmp_path / "x", "old")
 
     def fail() -> None:
-        with replacing_folder(tmp_path / "x", overwrite=True) as temporary:
+        with replacing_folder(tmp_path / "x", overwrite=True, files={"a.txt"}) as temporary:
             temporary.mkdir()
             (temporary / "a.txt").write_text("half")
             raise RuntimeError("midway")
@@ -64,7 +64,7 @@ def test_a_kill_leaves_what_was_there(tmp_path: Path) -> None:
 import os, signal
 from pathlib import Path
 from llip_jax.interop.folders import replacing_folder
-with replacing_folder(Path({str(tmp_path / "x")!r}), overwrite=True) as temporary:
+with replacing_folder(Path({str(tmp_path / "x")!r}), overwrite=True, files=["a.txt"]) as temporary:
     temporary.mkdir()
     (temporary / "a.txt").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -74,15 +74,35 @@ with replacing_folder(Path({str(tmp_path / "x")!r}), overwrite=True) as temporar
     assert (tmp_path / "x" / "a.txt").read_text() == "old"
 
 
-def test_overwriting_has_to_be_asked_for_and_spares_folders_of_folders(tmp_path: Path) -> None:
+def test_overwriting_has_to_be_asked_for_and_spares_what_is_not_weights(tmp_path: Path) -> None:
     write(tmp_path / "x", "old")
     with pytest.raises(ConfigError, match="there is something already"):
         write(tmp_path / "x", "new")
     write(tmp_path / "x", "new", overwrite=True)
     assert (tmp_path / "x" / "a.txt").read_text() == "new"
-    with pytest.raises(ConfigError, match="holds folders"):
+    with pytest.raises(ConfigError, match="is not overwritten, as it holds more than weights: x"):
         write(tmp_path, "new", overwrite=True)
-    assert names(tmp_path) == {"x"}
+    (tmp_path / "x" / "holiday.jpg").write_text("precious")
+    with pytest.raises(ConfigError, match=r"holds more than weights: holiday\.jpg"):
+        write(tmp_path / "x", "newer", overwrite=True)
+    assert names(tmp_path) == {"x"} and names(tmp_path / "x") == {"a.txt", "holiday.jpg"}
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write(tmp_path / "link", "new", overwrite=True)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "a.txt").read_text() == "new"
+    assert names(tmp_path) == {"real", "link"}
+
+
+def test_errors_name_the_place_and_not_what_lies_beside_it_meanwhile(tmp_path: Path) -> None:
+    def fail() -> None:
+        with replacing_folder(tmp_path / "x") as temporary:
+            raise ConfigError(f"{temporary}: no")
+
+    with pytest.raises(ConfigError, match=f"^{tmp_path / 'x'}: no$"):
+        fail()
 
 
 def test_a_place_that_cannot_be_written_says_so(tmp_path: Path) -> None:

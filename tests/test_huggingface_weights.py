@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import re
+import tracemalloc
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,7 +41,7 @@ from test_towers import (
 from llip_jax.config import ConfigError, resolve
 from llip_jax.data.images import resize_for_eval
 from llip_jax.data.tokenizers import train_tokenizer
-from llip_jax.interop import huggingface, huggingface_config
+from llip_jax.interop import huggingface, huggingface_config, pretrained
 from llip_jax.interop.maps import their_shapes, to_ours
 from llip_jax.interop.weights import Weights
 
@@ -195,7 +196,6 @@ def test_other_files_of_weights_are_read(library: ModuleType, tmp_path: Path, ki
 
     model = make_model(library, SIGLIP, seed=6).bfloat16()
     expected = huggingface.read(save(model, tmp_path / "one"))
-    assert expected.dtype == "bfloat16"
     if kind == "sharded":
         save(model, tmp_path / "other", max_shard_size="50KB")
         assert len(list((tmp_path / "other").glob("*.safetensors"))) > 2
@@ -280,7 +280,7 @@ def inputs(batch: dict[str, np.ndarray]) -> dict[str, Any]:
     [
         (CLIP, "", {"model_type": "siglip2"}, "model_type='siglip2' is NaFlex"),
         (CLIP, "", {"model_type": "chinese_clip"}, "model_type='chinese_clip' is not supported. Did you mean 'clip'?"),
-        (CLIP, "", {"model_type": None}, "model_type='None' is not supported"),
+        (CLIP, "", {"model_type": None}, "no model_type, so no model of Hugging Face; is this a run directory without"),
         (CLIP, "", {"text_config": "large"}, "text_config: 'large' is not valid: expected an object"),
         (CLIP, "", {"projection_dim": 0}, "model.embed_dim: 0 is not valid"),
         (CLIP, "text_config", {"hidden_act": "silu"}, "text_config.hidden_act='silu' is not supported"),
@@ -299,6 +299,7 @@ def inputs(batch: dict[str, np.ndarray]) -> dict[str, Any]:
             {"hidden_size": "48"},
             "vision_config.hidden_size='48' is not valid; the default is 768",
         ),
+        (CLIP, "vision_config", {"hidden_size": 10**40}, "is not valid; the default is 768"),
         (CLIP, "vision_config", {"num_attention_heads": 7}, "model.vision.width=48 is not a multiple"),
         (CLIP, "text_config", {"eos_token_id": 5}, "text_config.eos_token_id=5 is not supported: texts end with 310"),
         (SIGLIP, "vision_config", {"vision_use_head": False}, "vision_config.vision_use_head=False is not supported"),
@@ -317,6 +318,126 @@ def test_what_our_towers_do_not_compute_is_refused(
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
         huggingface.read(tmp_path)
     assert str(error.value).startswith(f"{tmp_path / 'config.json'}: ")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "told"),
+    [
+        ("vision_config", "num_hidden_layers", "model.vision.layers"),
+        ("text_config", "num_hidden_layers", "model.text.layers"),
+        ("vision_config", "image_size", "model.image_size"),
+        ("text_config", "max_position_embeddings", "model.text.length"),
+        ("text_config", "vocab_size", "data.tokenizer.vocabulary_size"),
+        ("", "projection_dim", "model.embed_dim"),
+    ],
+)
+def test_sizes_beyond_what_the_weights_hold_are_refused(tmp_path: Path, section: str, field: str, told: str) -> None:
+    huggingface.write(ours(CLIP, tmp_path), tmp_path / "ours")
+    change(tmp_path / "ours", section, **{field: 10**9, **({"eos_token_id": 2} if section == "text_config" else {})})
+    with pytest.raises(ConfigError, match=re.escape(f"{told}={10**9}")):
+        huggingface.read(tmp_path / "ours")
+
+
+def test_the_end_of_texts_is_found_without_a_text_of_the_length_that_is_asked_for(tmp_path: Path) -> None:
+    train_tokenizer(["one cat", "two dogs"], 300, tmp_path / "tokenizer.json")
+    contents = copy.deepcopy(CLIP)
+    contents["text_config"] |= {"max_position_embeddings": 2**31, "eos_token_id": 2}
+    tracemalloc.start()
+    try:
+        huggingface_config.sections(contents, tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"do_resize": False}, "do_resize=False (here True)"),
+        ({"do_rescale": False}, "do_rescale=False (here True)"),
+        ({"rescale_factor": 1 / 127.5}, f"rescale_factor={1 / 127.5} (here {1 / 255})"),
+        ({"do_center_crop": False}, "do_center_crop=False (here True)"),
+        ({"size": IMAGE + 4}, f"size={{'shortest_edge': {IMAGE + 4}}} (here {{'shortest_edge': {IMAGE}}})"),
+        ({"crop_size": IMAGE - 4}, f"crop_size={{'height': {IMAGE - 4}, 'width': {IMAGE - 4}}} (here"),
+        ({"size": {"height": IMAGE, "width": IMAGE + 4}}, f"size={{'height': {IMAGE}, 'width': {IMAGE + 4}}} (here"),
+    ],
+)
+def test_pixels_that_differ_from_ours_are_noted(tmp_path: Path, settings: dict[str, Any], told: str) -> None:
+    both = {"size": IMAGE, "crop_size": IMAGE, "do_center_crop": True, "resample": 3, "rescale_factor": 1 / 255}
+    for contents in ({}, both, huggingface_config.preprocessor_json(resolve({"model": {"image_size": IMAGE}}))):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(contents))
+        assert ours(CLIP, tmp_path).notes == ()
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(contents | settings))
+        assert told in ours(CLIP, tmp_path).notes[-1]
+
+
+def test_pixels_that_are_not_normalised_have_mean_0_and_deviation_1(library: ModuleType, tmp_path: Path) -> None:
+    library.CLIPImageProcessor(do_normalize=False, size=IMAGE, crop_size=IMAGE).save_pretrained(tmp_path)
+    pixels = np.random.default_rng(6).integers(256, size=(IMAGE, IMAGE, 3), dtype=np.uint8)
+    theirs = library.AutoImageProcessor.from_pretrained(tmp_path)(pixels, return_tensors="np")["pixel_values"][0]
+    weights = ours(CLIP, tmp_path)
+    model = resolve(weights.config).model
+    expected = (pixels / 255 - model.image_mean) / model.image_std
+    np.testing.assert_allclose(np.asarray(theirs).transpose(1, 2, 0), expected, rtol=1e-6)
+    assert weights.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        ({"size": 3.5}, "size: 3.5 is not valid"),
+        ({"size": [3, 4, 5]}, "size: [3, 4, 5] is not valid"),
+        ({"crop_size": "large"}, "crop_size: 'large' is not valid"),
+        ({"resample": [3]}, "resample: [3] is not valid"),
+        ({"do_normalize": "no"}, "do_normalize: 'no' is not valid"),
+        ({"rescale_factor": "1/255"}, "rescale_factor: '1/255' is not valid"),
+        ({"image_mean": 0}, "model.image_mean: 0 is not valid"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "model.image_std: 0.0 is not valid"),
+    ],
+)
+def test_preprocessing_that_is_none_is_refused(tmp_path: Path, contents: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CLIP))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(contents))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        huggingface.read(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": contents}))
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        huggingface.read(tmp_path)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": [contents]}))
+    with pytest.raises(ConfigError, match=r"processor_config.json: image_processor: .* expected an object"):
+        huggingface.read(tmp_path)
+
+
+def test_a_tokenizer_comes_back_from_our_own_folder_as_transformers_needs_it(
+    library: ModuleType, tmp_path: Path
+) -> None:
+    """SiglipTokenizer reads spiece.model even where there is a tokenizer.json."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
+    hub = save(make_model(library, SIGLIP), tmp_path / "hub")
+    texts = [f"{number} cats on a mat" for number in range(100)]
+    with (hub / "spiece.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            vocab_size=40,
+            hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
+    library.SiglipTokenizer(str(hub / "spiece.model")).save_pretrained(hub)
+    train_tokenizer(texts, 300, hub / "tokenizer.json")
+    pretrained.write(huggingface.read(hub), tmp_path / "ours")
+    huggingface.write(pretrained.read(tmp_path / "ours"), tmp_path / "again")
+    assert {path.name for path in (tmp_path / "again").iterdir()} <= huggingface.FILES
+    for name in ("tokenizer.json", "tokenizer_config.json", "spiece.model"):
+        assert (tmp_path / "again" / name).read_bytes() == (hub / name).read_bytes()
+    theirs, again = (library.AutoTokenizer.from_pretrained(folder) for folder in (hub, tmp_path / "again"))
+    assert type(again) is library.SiglipTokenizer
+    assert again(texts)["input_ids"] == theirs(texts)["input_ids"]
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 import textwrap
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from llip_jax.config import ConfigError, EvalConfig, resolve
 from llip_jax.data.pipeline import eval_images
 from llip_jax.data.records import Record
 from llip_jax.data.tokenizers import load_tokenizer
+from llip_jax.evaluation.scorers import mean_text
 from llip_jax.inference import Images, Model, Texts, load
 from llip_jax.models.dual_encoder import DualEncoder, abstract_model
 from llip_jax.ops.pair_scores import TextSide
@@ -103,6 +104,16 @@ def test_results_are_those_of_every_picture_and_text_by_itself(model: dict[str, 
     assert relative_error(probabilities, exponentials / exponentials.sum(axis=1, keepdims=True)) < 1e-5
     assert relative_error(probabilities.sum(axis=1), np.ones(6)) < 1e-6
     assert all(x.dtype == np.float32 for x in (probabilities, encoded.mixture, encoded.unconditioned, texts.embedding))
+
+
+@pytest.mark.parametrize("model", [model_of, functools.partial(model_of, **SIGLIP)], ids=["mixer", "siglip"])
+def test_texts_of_a_class_are_averaged_as_in_evaluation(model: Callable[[], Model]) -> None:
+    templates, images = ("a {}", "number 7: {}", "{}"), pictures(5)
+    texts = model().encode_text(template.replace("{}", name) for name in CLASSES for template in templates)
+    means = mean_text(TextSide(texts.embedding, texts.queries), np.repeat(np.arange(3), 3), 3)  # type: ignore[arg-type]
+    cosines = model().score(images, Texts(*means))  # type: ignore[arg-type]
+    expected = jax.nn.softmax(model().logit_scale * cosines, axis=1)
+    assert relative_error(model().classify(images, CLASSES, templates), expected) < 1e-6
 
 
 @pytest.mark.parametrize(("batch_size", "counts"), [(1, [3]), (3, [1, 3, 7]), (8, [5, 9])])
@@ -185,12 +196,13 @@ def test_sizes_share_programs_and_none_compiles_twice() -> None:
     try:
         model.score(images[:5], TEXTS[:3])
         model.classify(images[:5], CLASSES)
-        assert len(compiled) == 6  # image, side, text (of 4 and of 8 rows), cosines, mean of a class's texts
+        assert len(compiled) == 5  # image, side, text (of 4 and of 8 rows), cosines
         compiled.clear()
         for count, texts in ((6, 4), (7, 3), (8, 4)):  # five to eight of one, three or four of the other
             model.score(images[:count], TEXTS[:texts])
             model.score(model.encode_image(images[:count]), model.encode_text(TEXTS[:texts]))
         model.classify(images[:8], CLASSES)
+        model.classify(images[:8], [*CLASSES, "cow"], ["a {}", "the {}", "{}"])
         model.score(images, TEXTS[:3])  # batches of 8, 8 and 5
         assert not compiled
         model.score(images[:4], TEXTS[:3])
@@ -229,6 +241,12 @@ def test_threads_may_share_a_model() -> None:
     assert all(relative_error(results[start].result(), expected[start:]) < 1e-5 for start in range(4))
 
 
+def closed_picture() -> Image.Image:
+    image = Image.new("RGB", (8, 8))
+    image.close()
+    return image
+
+
 @pytest.mark.parametrize(
     ("images", "problem"),
     [
@@ -238,7 +256,13 @@ def test_threads_may_share_a_model() -> None:
         (np.zeros((8, 8), np.uint8), r"images\[0\]: .*got uint8 \[8, 8\]"),
         (np.zeros((8, 8, 4), np.uint8), r"images\[0\]: .*got uint8 \[8, 8, 4\]"),
         (np.zeros((2, 8, 8, 3)), r"images\[0\]: .*got float64 \[8, 8, 3\]"),
-        (np.zeros((0, 8, 3), np.uint8), r"images\[0\]: .*got uint8 \[0, 8, 3\]"),
+        (np.zeros((0, 8, 3), np.uint8), r"images\[0\]: 8x0 has a side of fewer than 2 pixels"),
+        (np.zeros((1, 9, 3), np.uint8), r"images\[0\]: 9x1 has a side of fewer than 2 pixels"),
+        (Image.new("RGB", (0, 8)), r"images\[0\]: 0x8 has a side of fewer than 2 pixels"),
+        (closed_picture(), r"images\[0\]: Operation on closed image"),
+        (Image.new("La", (8, 8)), r"images\[0\]: conversion from La"),
+        (Image.new("F", (8, 8)), r"images\[0\]: floating-point pixels"),
+        (["no\0name"], r"images\[0\] \(no\0name\): .*null"),
         (["gone.jpg"], r"images\[0\] \(gone\.jpg\): .*No such file"),
         ([pictures(1)[0]] * 9 + [b"not a picture"], r"images\[9\]: no known image format"),
         (Images(np.zeros((2, 3, 32), np.float32), np.zeros((2, 32), np.float32)), r"\[N, 4, 32\].*got \[2, 3, 32\]"),
@@ -268,7 +292,11 @@ def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
         (lambda model: model.classify(pictures(1), ["a", "a"]), "more than once: 'a'"),
         (lambda model: model.classify(pictures(1), ["a"], "no place"), "no place"),
         (lambda model: model.score(pictures(1), Texts(np.ones((2, 32), np.float32), None)), "pooler 'mixer'"),
+        (lambda model: model.score(pictures(1), Texts(np.ones((2, 7)), np.ones((2, 4, 8)))), r"^texts: .*got \(2, 7\)"),
+        (lambda model: model.encode_text(["a", "\ud83d"]), r"texts\[1\] has half of a surrogate"),
         (lambda model: Model(tiny_weights(), batch_size=0), "batch_size: 0 is not valid"),
+        (lambda model: Model(tiny_weights(), batch_size=8.0), "batch_size: 8.0 is not valid"),  # type: ignore[arg-type]
+        (lambda model: Model(tiny_weights(), batch_size=None), "batch_size: None is not valid"),  # type: ignore[arg-type]
         (lambda model: Model(tiny_weights(), dtype="float16"), "model.dtype: 'float16' is not valid"),
         (lambda model: load("nowhere"), "nowhere: no such file or folder"),
     ],
@@ -344,7 +372,7 @@ assert all(sys.modules[name] is None for name in blocked)
 def test_loading_needs_neither_orbax_nor_torch_and_the_package_alone_not_even_jax() -> None:
     folder = folder_of_the_example()
     done = run(["-c", _ALONE.format(folder=str(folder / "llip-b32"), picture=str(folder / "dog.jpg"))])
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_package_offers_what_it_lists() -> None:

@@ -107,6 +107,36 @@ def test_everything_that_does_not_fit_is_told_at_once() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("section", "field", "value", "told"),
+    [
+        ("vision", "layers", 10**9, "model.vision.layers="),
+        ("text", "layers", 75, "model.text.layers="),
+        ("vision", "width", 3 * 10**9, "model.vision=TowerShape.*width="),
+        ("vision", "mlp", 10**18, "model.vision=TowerShape.*mlp="),
+        ("text", "length", 10**9, "model.text.length="),
+        ("", "image_size", 4 * 10**9, "model.image_size="),
+        ("", "image_size", 4 * 10**30, "model.image_size="),
+        ("", "embed_dim", 10**9, "model.embed_dim="),
+    ],
+)
+def test_a_model_larger_than_the_weights_is_refused_before_anything_of_its_size_is_made(
+    section: str, field: str, value: int, told: str
+) -> None:
+    _, _, arrays = clip_arrays()
+    config = make_config(CLIP | ({section: CLIP[section] | {field: value}} if section else {field: value}))
+    with pytest.raises(ConfigError, match=f"w.bin: .* more than its 74 arrays .*hold: .*{told}{value}"):
+        to_ours(open_clip.rules(config), arrays, config, source="w.bin")
+
+
+def test_a_vocabulary_or_patches_larger_than_the_weights_are_refused() -> None:
+    _, rules, arrays = clip_arrays()
+    model = CLIP | {"image_size": 10**9, "vision": CLIP["vision"] | {"patch": 10**9}}
+    config = resolve({"model": model, "data": {"tokenizer": {"vocabulary_size": 10**9}}})
+    with pytest.raises(ConfigError, match=r"data.tokenizer.vocabulary_size=10+; model.vision.patch=10+"):
+        to_ours(rules, arrays, config, source="w.bin")
+
+
 def test_parameters_that_the_weights_do_not_have_are_told() -> None:
     _, rules, arrays = clip_arrays()
     with_bias = make_config(CLIP | {"logit_bias": -10.0})

@@ -249,7 +249,7 @@ def test_a_configuration_beside_a_file_counts(library: ModuleType, tmp_path: Pat
 
 
 def test_files_that_shapes_do_not_describe_are_refused(library: ModuleType, tmp_path: Path) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import load_file, save_file
 
     file = tmp_path / "w.safetensors"
     for name, message in {
@@ -259,6 +259,15 @@ def test_files_that_shapes_do_not_describe_are_refused(library: ModuleType, tmp_
     }.items():
         save_file({name: np.zeros(3, np.float32)}, file)
         with pytest.raises(ConfigError, match=message):
+            open_clip.read(file, activation="gelu")
+    open_clip.write(ours(CLIP, tmp_path), tmp_path / "ours")
+    arrays = load_file(tmp_path / "ours" / open_clip.WEIGHTS[0])
+    for name, shape in {
+        "visual.transformer.resblocks.0.mlp.c_fc.weight": (),
+        "token_embedding.weight": (311, 0),
+    }.items():
+        save_file(arrays | {name: np.zeros(shape, np.float32)}, file)
+        with pytest.raises(ConfigError, match="not the weights of a CLIP"):
             open_clip.read(file, activation="gelu")
 
 
@@ -294,6 +303,8 @@ def test_pixels_beyond_the_last_whole_patch_are_noted(tmp_path: Path) -> None:
         ("vision_cfg", {"image_size": 3}, "image_size: 3 is smaller than a patch (4)"),
         ("vision_cfg", {"width": "48"}, "vision_cfg.width='48' is not valid; expected a value like 768"),
         ("vision_cfg", {"head_width": 0}, "vision_cfg.head_width=0 is not valid"),
+        ("vision_cfg", {"mlp_ratio": 1e308}, "vision_cfg.mlp_ratio=1e+308 is not valid"),
+        ("vision_cfg", {"width": 10**400}, "is not valid; expected a value like 768"),
         (
             "vision_cfg",
             {"patch_droput": 0.5},
@@ -333,6 +344,34 @@ def test_what_our_towers_do_not_compute_is_refused(
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
         open_clip.read(folder)
     assert str(error.value).startswith(f"{tmp_path / 'open_clip_config.json'}: ")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "told"),
+    [
+        ("vision_cfg", "layers", "model.vision.layers"),
+        ("text_cfg", "layers", "model.text.layers"),
+        ("vision_cfg", "image_size", "model.image_size"),
+        ("text_cfg", "context_length", "model.text.length"),
+        ("text_cfg", "vocab_size", "data.tokenizer.vocabulary_size"),
+        ("", "embed_dim", "model.embed_dim"),
+    ],
+)
+def test_sizes_beyond_what_the_weights_hold_are_refused(tmp_path: Path, section: str, field: str, told: str) -> None:
+    open_clip.write(ours(CLIP, tmp_path), tmp_path / "ours")
+    cfg = {"model_cfg": changed(CLIP, section, **{field: 10**9})}
+    (tmp_path / "ours" / "open_clip_config.json").write_text(json.dumps(cfg))
+    with pytest.raises(ConfigError, match=re.escape(f"{told}={10**9}")):
+        open_clip.read(tmp_path / "ours")
+
+
+@pytest.mark.parametrize("std", [[0, 0.5, 0.5], 0, []])
+def test_pixels_are_not_divided_by_zero(tmp_path: Path, std: Any) -> None:
+    open_clip.write(ours(CLIP, tmp_path), tmp_path / "ours")
+    cfg = {"model_cfg": CLIP, "preprocess_cfg": {"std": std}}
+    (tmp_path / "ours" / "open_clip_config.json").write_text(json.dumps(cfg))
+    with pytest.raises(ConfigError, match=r"model\.image_std: .* is not valid"):
+        open_clip.read(tmp_path / "ours")
 
 
 def test_fields_without_effect_are_accepted(tmp_path: Path) -> None:
@@ -439,6 +478,7 @@ def test_a_siglip_takes_its_tokenizer_along(library: ModuleType, tmp_path: Path)
     assert weights.tokenizer == Path(settings.name) == source / "tokenizer.json"
     assert (settings.clean, settings.pad) == ("canonicalize", 1)
     open_clip.write(weights, tmp_path / "ours")
+    assert {path.name for path in (tmp_path / "ours").iterdir()} <= open_clip.FILES
     theirs = library.get_tokenizer(f"local-dir:{tmp_path / 'ours'}")(texts)
     again = resolve(open_clip.read(tmp_path / "ours").config).data.tokenizer
     assert again == dataclasses.replace(settings, name=str(tmp_path / "ours" / "tokenizer.json"))

@@ -1,5 +1,6 @@
 """Our folder of weights: what comes back is what went in, and nothing but that is read."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -177,6 +178,7 @@ def test_all_parameters_that_do_not_fit_are_listed(tmp_path: Path) -> None:
         (lambda c: c.update(init={"from": "elsewhere"}), r"got \['data.tokenizer', 'init', 'model', 'objective'\]"),
         (lambda c: c["data"].update(path="elsewhere"), r"'data\.path'"),
         (lambda c: c.update(data=["tokenizer"]), r"expected the sections"),
+        (lambda c: c["model"].update(image_std=[0.5, 0, 0.5]), r"model\.image_std: 0 is not valid: .* greater than 0"),
         (lambda c: c["model"].update(poller="mixer"), r"model\.poller.*pooler"),
         (lambda c: c["data"]["tokenizer"].update(name="../secret.json"), r"secret\.json' is no file of this folder"),
         (lambda c: c["data"]["tokenizer"].update(name="/etc/passwd"), r"passwd' is no file of this folder"),
@@ -189,6 +191,63 @@ def test_a_configuration_that_is_not_of_this_format_is_refused(tmp_path: Path, c
     change_config(tmp_path / "folder", change)
     with pytest.raises(ConfigError, match=problem):
         pretrained.read(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "told"),
+    [
+        ("vision", "layers", r"model\.vision=TowerShape\(layers=1000000000"),
+        ("text", "layers", r"model\.text=TowerShape\(layers=1000000000"),
+        ("text", "length", r"model\.text\.length=1000000000"),
+        ("", "image_size", r"model\.image_size=1000000000"),
+        ("", "mixture_tokens", r"model\.mixture_tokens=1000000000"),
+        ("", "embed_dim", r"model\.embed_dim=1000000000"),
+    ],
+)
+def test_sizes_beyond_what_the_weights_hold_are_refused(tmp_path: Path, section: str, field: str, told: str) -> None:
+    pretrained.write(tiny_weights(), tmp_path / "folder")
+    change_config(
+        tmp_path / "folder", lambda c: (c["model"][section] if section else c["model"]).update({field: 10**9})
+    )
+    with pytest.raises(ConfigError, match=f"model.safetensors: .* more than its .* hold: .*{told}"):
+        pretrained.read(tmp_path / "folder")
+
+
+def with_settings(folder: Path) -> Weights:
+    """Weights whose tokenizer lies in a folder as Hugging Face's do."""
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(tokenizer_file().read_bytes())
+    (folder / "tokenizer_config.json").write_text('{"pad_token": "<end>"}')
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<end>"}')
+    (folder / "figure.png").write_bytes(b"no part of a tokenizer")
+    return dataclasses.replace(tiny_weights(), tokenizer=folder / "tokenizer.json")
+
+
+def test_a_tokenizers_settings_go_with_it(tmp_path: Path) -> None:
+    pretrained.write(with_settings(tmp_path / "source"), tmp_path / "folder")
+    pretrained.write(pretrained.read(tmp_path / "folder"), tmp_path / "again")
+    for folder in ("folder", "again"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            assert (tmp_path / folder / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+        assert {path.name for path in (tmp_path / folder).iterdir()} == pretrained.FILES - {
+            "spiece.model",
+            "tokenizer.model",
+        }
+
+
+@pytest.mark.parametrize("target", ["/etc/hostname", "/dev/zero", "/nowhere"])
+def test_settings_that_are_no_files_are_not_taken_along(tmp_path: Path, target: str) -> None:
+    weights = with_settings(tmp_path / "source")
+    pretrained.write(weights, tmp_path / "folder")
+    (tmp_path / "folder" / "tokenizer_config.json").unlink()
+    os.symlink(target, tmp_path / "folder" / "tokenizer_config.json")
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: leads out of the folder"):
+        pretrained.read(tmp_path / "folder")
+    if not Path(target).is_file():
+        (tmp_path / "source" / "tokenizer_config.json").unlink()
+        os.symlink(target, tmp_path / "source" / "tokenizer_config.json")
+        pretrained.write(weights, tmp_path / "other")
+        assert not (tmp_path / "other" / "tokenizer_config.json").exists()
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "llip_jax_config.json"])

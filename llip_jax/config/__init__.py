@@ -20,7 +20,7 @@ from llip_jax.config.data import (
 )
 from llip_jax.config.errors import ConfigError, nearest
 from llip_jax.config.model import BigVisionConfig, ModelConfig, TextConfig, VisionConfig
-from llip_jax.config.resolve import differences, field_name, resolve, to_dict
+from llip_jax.config.resolve import dataclass_in, differences, field_name, resolve, to_dict
 from llip_jax.config.run import (
     CheckpointConfig,
     Config,
@@ -62,6 +62,7 @@ __all__ = [
     "ToyWorldConfig",
     "TrainConfig",
     "VisionConfig",
+    "dataclass_in",
     "differences",
     "field_name",
     "nearest",

@@ -67,10 +67,11 @@ def _message(kind: str, location: tuple[int | str, ...], text: str, value: Any) 
             break
         path.append(str(part))
         hint = get_type_hints(owner)[names[str(part)]]
-        inner = _dataclass_in(hint)
+        in_mapping = get_origin(hint) is dict
+        inner = dataclass_in(get_args(hint)[1] if in_mapping else hint)
         if inner is None:
             break
-        if get_origin(hint) is dict and (key := next(parts, None)) is not None:
+        if in_mapping and (key := next(parts, None)) is not None:
             path.append(str(key))
         owner = inner
     # What follows the field's own path names alternatives of its type, not something the user wrote.
@@ -78,6 +79,8 @@ def _message(kind: str, location: tuple[int | str, ...], text: str, value: Any) 
     return f"{'.'.join(path) or 'config'}: {value!r} is not valid: ", text[0].lower() + text[1:]
 
 
-def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass in a type hint such as ``PairLossConfig | None`` or ``dict[str, PartConfig]``."""
+def dataclass_in(hint: Any) -> type | None:
+    """The dataclass that a type hint such as ``PairLossConfig | None`` is of; None for others, mappings too."""
+    if get_origin(hint) is dict:
+        return None
     return next((t for t in (hint, *get_args(hint)) if isinstance(t, type) and dataclasses.is_dataclass(t)), None)

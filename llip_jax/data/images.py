@@ -72,7 +72,7 @@ def open_picture(data: bytes, limits: LimitsConfig = LimitsConfig()) -> Picture:
     if size is None:
         pixels = _decode_any(data, limits)
         return Picture(pixels.shape[0], pixels.shape[1], lambda scale: pixels)
-    _check_size(*size, limits)
+    check_size(*size, limits)
     turned = any(data.find(mark, 0, _METADATA_BYTES) >= 0 for mark in (b"Exif\0\0", b"tiff:Orientation"))
     orientation = _orientation(data) if turned else 1
     height, width = size[::-1] if orientation in _SIDEWAYS else size
@@ -86,7 +86,8 @@ def open_picture(data: bytes, limits: LimitsConfig = LimitsConfig()) -> Picture:
     return Picture(height, width, decode)
 
 
-def _check_size(height: int, width: int, limits: LimitsConfig) -> None:
+def check_size(height: int, width: int, limits: LimitsConfig) -> None:
+    """Raises BadSample where there are more pixels or a shorter side than ``limits`` allow."""
     if width * height > limits.pixels:
         raise BadSample("image_too_large", f"{width}x{height} is more than {limits.pixels} pixels")
     if min(width, height) < limits.image_side:
@@ -143,7 +144,7 @@ def from_pillow(image: Image.Image, limits: LimitsConfig = LimitsConfig()) -> Pi
         BadSample: more pixels or a shorter side than ``limits`` allow, or pixels without a defined range.
         Exception: what Pillow raises on a damaged file.
     """
-    _check_size(image.height, image.width, limits)
+    check_size(image.height, image.width, limits)
     return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
 
 

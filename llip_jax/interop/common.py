@@ -18,8 +18,14 @@ TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model")
 
 TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 
+TOKENIZER_FILES = frozenset({*TOKENIZERS, *TOKENIZER_SETTINGS})
+"""All that :func:`copy_tokenizer` may write."""
+
 GEMMA_VOCABULARY_SIZE = 256_000
 """SigLIP 2's; SigLIP's own vocabularies are smaller."""
+
+_LARGEST = 2**31
+"""No number of a configuration is larger; below it, sizes times ratios stay finite."""
 
 
 def require(config: Config, library: str, wanted: Mapping[str, Any]) -> None:
@@ -56,11 +62,11 @@ def one_of(known: Mapping[str, Any], value: Any, field: str) -> Any:
 
 
 def like(value: Any, default: Any) -> bool:
-    """Whether a value has a default's type and, of numbers, its sign. None is like anything."""
+    """Whether a value has a default's type and, of numbers, its sign, within reason. None is like anything."""
     if default is None or isinstance(default, bool | str):
         return default is None or isinstance(value, type(default))
     number = isinstance(value, int | float if isinstance(default, float) else int) and not isinstance(value, bool)
-    return number and (value > 0 or default == 0 == value)
+    return number and (0 < value <= _LARGEST or default == 0 == value)
 
 
 def square(value: Any, field: str) -> int:
@@ -137,24 +143,31 @@ def padding(folder: Path, vocabulary_size: int) -> int:
     return 0 if vocabulary_size >= GEMMA_VOCABULARY_SIZE else 1  # SigLIP pads with its end token
 
 
-def copy_tokenizer(weights: Weights, folder: Path) -> None:
-    """Puts the tokenizer of weights, and the settings beside it, into a folder."""
-    if weights.tokenizer is None:
-        return
-    source = weights.tokenizer
+def copy_tokenizer(source: Path, folder: Path) -> str:
+    """Puts a tokenizer, and what of Hugging Face's lies beside it, into a folder; the name that it has there.
+
+    Raises:
+        ConfigError: a file that cannot be copied.
+    """
     # A lone file may have any name; the libraries know it by one.
     name = source.name if source.name in TOKENIZERS else TOKENIZERS[1 if source.suffix == ".model" else 0]
-    beside = [source.parent / other for other in TOKENIZER_SETTINGS if (source.parent / other).exists()]
-    for path, target in [(source, folder / name), *((path, folder / path.name) for path in beside)]:
-        with replacing(target) as temporary:
-            shutil.copyfile(path, temporary)
+    beside = [source.parent / other for other in TOKENIZER_SETTINGS]
+    if source.name == TOKENIZERS[0]:  # SiglipTokenizer takes the SentencePiece model even where there is a tokenizer.json.
+        beside += [source.parent / other for other in TOKENIZERS[1:]]
+    for path, target in [(source, name), *((path, path.name) for path in beside if path.is_file())]:
+        try:
+            with replacing(folder / target) as temporary:
+                shutil.copyfile(path, temporary)
+        except OSError as error:
+            raise ConfigError(f"data.tokenizer.name: cannot copy {path} ({error.strerror or error})") from None
+    return name
 
 
 def end_token(weights: Weights, config: Config) -> int:
     """The end-of-text token of the tokenizer, or the last of the vocabulary where none is known."""
     if weights.tokenizer is None:
         return config.data.tokenizer.vocabulary_size - 1
-    tokens, mask = load_tokenizer(weights.tokenizer).encode([""], config.model.text.length)
+    tokens, mask = load_tokenizer(weights.tokenizer).encode([""], 2)  # room for a start and the end
     return int(tokens[0, mask[0].sum() - 1])
 
 

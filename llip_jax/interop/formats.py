@@ -1,6 +1,6 @@
 """Which library wrote a set of weights, and reading and writing them by its name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from llip_jax.config import ConfigError, nearest
@@ -13,6 +13,13 @@ READERS: dict[str, Callable[[Path], Weights]] = {
 WRITERS: dict[str, Callable[[Weights, Path], None]] = {
     module.NAME: module.write for module in (pretrained, open_clip, huggingface, big_vision)
 }
+FILES: dict[str, Collection[str]] = {
+    pretrained.NAME: pretrained.FILES,
+    open_clip.NAME: open_clip.FILES,
+    huggingface.NAME: huggingface.FILES,
+    big_vision.NAME: (),
+}
+"""Names that a folder of the format may hold."""
 
 
 def detect(path: Path) -> str:
@@ -23,8 +30,13 @@ def detect(path: Path) -> str:
     """
     if not path.exists():
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such file or folder.{nearest(path.name, names) if names else ''}")
+        hub = f" If it is a name on the Hugging Face hub, download it first: hf download {path} --local-dir FOLDER"
+        near = nearest(path.name, names) if names else hub if str(path).count("/") == 1 else ""
+        raise ConfigError(f"{path}: no such file or folder.{near}")
     if path.is_file():
+        folder = path.parent
+        if (folder / huggingface.CONFIG).is_file() and not (folder / open_clip.CONFIG).is_file():
+            raise ConfigError(f"{path}: {huggingface.CONFIG} lies beside it; expected the folder, {folder}")
         if path.suffix == ".npz":
             return big_vision.NAME
         if path.suffix in (".safetensors", ".pt", ".pth", ".bin"):

@@ -32,6 +32,8 @@ NAME = "huggingface"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TORCH_WEIGHTS = "pytorch_model.bin"
+FILES = frozenset({WEIGHTS, CONFIG, PREPROCESSOR}) | common.TOKENIZER_FILES
+"""All that :func:`write` may write."""
 
 NOT_WEIGHTS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 """Buffers in files of older releases."""
@@ -44,12 +46,10 @@ def read(path: str | Path) -> Weights:
         ConfigError: files that are missing or unfit, an architecture that is not ours, weights that do not fit it.
     """
     folder = Path(path)
-    contents = files.read_json(folder / CONFIG)
-    raw, tokenizer, notes = sections(contents, folder)
-    stored = str(contents.get("dtype") or contents.get("torch_dtype") or "float32")
+    raw, tokenizer, notes = sections(files.read_json(folder / CONFIG), folder)
     config, (file, arrays) = common.checked_config(raw, folder / CONFIG), _arrays(folder)
     params = to_ours(rules(config), arrays, config, source=file, ignored=NOT_WEIGHTS)
-    return Weights(raw, params, tokenizer, NAME, stored, notes)
+    return Weights(raw, params, tokenizer, NAME, notes=notes)
 
 
 def write(weights: Weights, folder: str | Path) -> None:
@@ -67,7 +67,8 @@ def write(weights: Weights, folder: str | Path) -> None:
     files.write_safetensors(folder / WEIGHTS, arrays, {"format": "pt"})
     files.write_text(folder / CONFIG, json.dumps(contents, indent=2) + "\n")
     files.write_text(folder / PREPROCESSOR, json.dumps(preprocessor_json(config), indent=2) + "\n")
-    common.copy_tokenizer(weights, folder)
+    if weights.tokenizer is not None:
+        common.copy_tokenizer(weights.tokenizer, folder)
 
 
 def rules(config: Config) -> list[Rule]:

@@ -112,7 +112,11 @@ def sections(contents: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any],
     Raises:
         ConfigError: another model, or one with what our towers do not compute.
     """
-    where, family = folder / CONFIG, str(contents.get("model_type"))
+    where, family = folder / CONFIG, contents.get("model_type")
+    if family is None:
+        raise ConfigError(
+            f"{where}: no model_type, so no model of Hugging Face; is this a run directory without checkpoints?"
+        )
     if family == "siglip2":
         raise ConfigError(
             f"{where}: model_type='siglip2' is NaFlex, whose pictures keep their aspect; expected SigLIP 2 of a fixed "
@@ -128,12 +132,13 @@ def sections(contents: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any],
         )
     patch = common.square(vision_config["patch_size"], f"{where}: vision_config.patch_size")
     field = f"{where}: vision_config.image_size"
-    seen, notes = common.whole_patches(common.square(vision_config["image_size"], field), patch, field)
+    image_size = common.square(vision_config["image_size"], field)
+    seen, notes = common.whole_patches(image_size, patch, field)
     if family == "clip":
         embed_dim = contents.get("projection_dim", PROJECTION_DIM)
     else:
         embed_dim = text_config["projection_size"] or text_config["hidden_size"]
-    mean_std, resize_notes = _pictures(folder, family)
+    mean_std, picture_notes = _pictures(folder, family, image_size)
     fixed = {name: value for name, value in FAMILIES[family].items() if "." not in name}
     model = {
         "size": "B/16",
@@ -154,7 +159,7 @@ def sections(contents: Mapping[str, Any], folder: Path) -> tuple[dict[str, Any],
     if family == "clip":
         raw["objective"] = {"sigmoid": None, "softmax": {}}
         _check_end(text_config["eos_token_id"], Weights(raw, {}, file), where)
-    return raw, file, notes + resize_notes
+    return raw, file, notes + picture_notes
 
 
 def _tower_config(contents: Mapping[str, Any], name: str, family: str, where: Path) -> dict[str, Any]:
@@ -199,16 +204,57 @@ def _check_end(token: Any, weights: Weights, where: Path) -> None:
         )
 
 
-def _pictures(folder: Path, family: str) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Mean and standard deviation of pixels, and a note where pictures are resized otherwise than by us."""
-    contents = files.read_json(folder / PREPROCESSOR) if (folder / PREPROCESSOR).exists() else {}
-    if (folder / PROCESSOR).exists():
-        contents = files.read_json(folder / PROCESSOR).get("image_processor", contents)
+def _pictures(folder: Path, family: str, side: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Mean and standard deviation of pixels, and notes where pictures are prepared otherwise than by us."""
+    where, ours = folder / PREPROCESSOR, _preparation(side)
+    given = files.read_json(where) if where.exists() else {}
+    if (folder / PROCESSOR).exists() and (nested := files.read_json(folder / PROCESSOR).get("image_processor")):
+        where, given = folder / PROCESSOR, nested
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where}: image_processor: {given!r} is not valid: expected an object")
+    settings = ours if family == "clip" else ours | {"size": ours["crop_size"], "do_center_crop": False}
+    settings = settings | {name: x for name, x in given.items() if x is not None}
+    settings |= {name: _sides(name, settings[name]) for name in ("size", "crop_size")}
+    for name, default in ours.items():
+        if not isinstance(settings[name], int | float if isinstance(default, float) else type(default)):
+            raise ConfigError(f"{where}: {name}: {settings[name]!r} is not valid: expected a value like {default!r}")
+
+    mode = "squash" if "height" in settings["size"] else "shortest"
+    notes = common.resize_note(mode, RESAMPLE.get(settings["resample"], "another filter"))
+    if mode == "squash":  # which is noted; nothing is left to crop then
+        ours |= {"size": ours["crop_size"], "do_center_crop": settings["do_center_crop"]}
+    if not settings["do_center_crop"]:
+        settings["crop_size"] = ours["crop_size"]
+    told = ("resample", "do_normalize")  # by the note above, by mean and standard deviation
+    others = {name: x for name, x in ours.items() if name not in told and settings[name] != x}
+    if others:
+        differences = (f"{name}={settings[name]!r} (here {x!r})" for name, x in others.items())
+        notes += (f"the source prepares pictures with {', '.join(differences)}",)
+    if not settings["do_normalize"]:
+        return {"image_mean": [0.0] * 3, "image_std": [1.0] * 3}, notes
     half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if family == "siglip" else {}
-    given = {name: contents[name] for name in ("image_mean", "image_std") if contents.get(name)}
-    size = contents.get("size") or ({"shortest_edge": 0} if family == "clip" else {})
-    mode = "shortest" if isinstance(size, int) or "shortest_edge" in size else "squash"
-    return half | given, common.resize_note(mode, RESAMPLE.get(contents.get("resample", 3), "another filter"))
+    return half | {name: settings[name] for name in ("image_mean", "image_std") if name in settings}, notes
+
+
+def _sides(name: str, value: Any) -> Any:
+    """A size as transformers names its sides, where it is one or two numbers."""
+    if isinstance(value, int):
+        return {"shortest_edge": value} if name == "size" else {"height": value, "width": value}
+    return {"height": value[0], "width": value[1]} if isinstance(value, list) and len(value) == 2 else value
+
+
+def _preparation(side: int) -> dict[str, Any]:
+    """What our evaluation does with pictures, in fields of transformers: all but mean and standard deviation."""
+    return {
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+    }
 
 
 def config_json(config: Config, weights: Weights) -> dict[str, Any]:
@@ -272,18 +318,10 @@ def _tower_json(config: Config, name: str, shape: TowerShape) -> dict[str, Any]:
 
 def preprocessor_json(config: Config) -> dict[str, Any]:
     """``preprocessor_config.json``: what our evaluation does with pictures."""
-    side = config.model.image_size
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
+        **_preparation(config.model.image_size),
         "image_mean": config.model.image_mean,
         "image_std": config.model.image_std,
     }

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from llip_jax.config import Config, ConfigError
 from llip_jax.models.dual_encoder import abstract_model
+from llip_jax.models.sizes import model_shape
 
 Array = Float[np.ndarray, "..."]
 Shape = tuple[int, ...]
@@ -155,8 +156,10 @@ def to_ours(
         ignored: names that may be there and hold nothing of the model.
 
     Raises:
-        ConfigError: lists all arrays that are missing, left over or of a wrong shape.
+        ConfigError: a model that is larger than all arrays; else lists those that are missing, left over or of a wrong
+            shape.
     """
+    _check_size(rules, arrays, config, source)
     shapes, expected = parameter_shapes(config), their_shapes(rules, config)
     unset = shapes.keys() - {path for rule in rules for path in rule.ours}
     found = {name: x for name, x in arrays.items() if name not in ignored}
@@ -228,6 +231,34 @@ def _write(rule: Rule, arrays: Sequence[Array]) -> list[tuple[str, Array]]:
 def _placeholder(shape: Shape) -> Array:
     """An array of a shape, all of it one byte."""
     return np.broadcast_to(np.zeros((), bool), shape)
+
+
+def _check_size(rules: Sequence[Rule], arrays: Mapping[str, Array], config: Config, source: object) -> None:
+    """Refuses a configuration of more than the arrays hold, before anything of its size is made."""
+    model, shape, vocabulary = config.model, model_shape(config.model), config.data.tokenizer.vocabulary_size
+    vision, text, held = shape.vision, shape.text, sum(x.size for x in arrays.values())
+    least = {  # Numbers that the parameters of a field are at least.
+        f"model.text={text}": text.layers * text.width * (text.width + text.mlp),
+        f"model.text.length={model.text.length}": model.text.length * text.width,
+        f"data.tokenizer.vocabulary_size={vocabulary}": vocabulary * text.width,
+        f"model.embed_dim={shape.embed_dim}": shape.embed_dim * text.width,
+        f"model.mixture_tokens={model.mixture_tokens}": model.mixture_tokens * vision.width,
+    }
+    if model.vision.big_vision is None:
+        least |= {
+            f"model.vision={vision}": vision.layers * vision.width * (vision.width + vision.mlp),
+            f"model.vision.patch={shape.patch}": 3 * shape.patch**2 * vision.width,
+            f"model.image_size={model.image_size}": (model.image_size // shape.patch) ** 2 * vision.width,
+        }
+    excess = [field for field, numbers in least.items() if numbers > held]
+    if any(rule.stacked for rule in rules):
+        layers = {"vision": vision.layers, "text": text.layers}
+        excess += [f"model.{tower}.layers={n}" for tower, n in layers.items() if n > len(arrays)]
+    if excess:
+        raise ConfigError(
+            f"{source}: the configuration asks for more than its {len(arrays)} arrays of {held:,} numbers can hold: "
+            + "; ".join(excess)
+        )
 
 
 def _axes(shape: Shape) -> str:

@@ -32,6 +32,8 @@ from llip_jax.interop.weights import Weights
 NAME = "open_clip"
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+FILES = frozenset({WEIGHTS[0], CONFIG}) | common.TOKENIZER_FILES
+"""All that :func:`write` may write."""
 
 NOT_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 """Buffers in files of older releases."""
@@ -97,7 +99,8 @@ def write(weights: Weights, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files.write_safetensors(folder / WEIGHTS[0], arrays, {"format": "pt"})
     files.write_text(folder / CONFIG, json.dumps(contents, indent=2) + "\n")
-    common.copy_tokenizer(weights, folder)
+    if weights.tokenizer is not None:
+        common.copy_tokenizer(weights.tokenizer, folder)
 
 
 def rules(config: Config) -> list[Rule]:
@@ -195,12 +198,12 @@ def _inferred(arrays: Mapping[str, np.ndarray], activation: str | None, file: Pa
             **activations[activation],
             **({"init_logit_bias": -10.0} if "logit_bias" in arrays else {}),
         }
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"{file}: not the weights of a CLIP: {error} is missing or of another shape") from None
 
 
 def _tower(arrays: Mapping[str, np.ndarray], name: str, width: int) -> dict[str, Any]:
     block = re.compile(rf"{re.escape(name)}\.resblocks\.(\d+)\.")
     layers = len({match[1] for match in map(block.match, arrays) if match})
-    mlp = len(arrays[f"{name}.resblocks.0.mlp.c_fc.weight"])
+    mlp, _ = arrays[f"{name}.resblocks.0.mlp.c_fc.weight"].shape
     return {"layers": layers, "width": width, "mlp_ratio": mlp_ratio(width, mlp)}

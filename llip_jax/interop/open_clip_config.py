@@ -178,7 +178,7 @@ def sections(source: Mapping[str, Any], where: Path) -> tuple[dict[str, Any], Pa
         "layer_norm_epsilon": epsilon,
         "patch_dropout": vision_cfg["patch_dropout"],
         "logit_bias": bias,
-        **{f"image_{name}": preprocess[name] for name in ("mean", "std") if preprocess.get(name)},
+        **{f"image_{name}": preprocess[name] for name in ("mean", "std") if preprocess.get(name) is not None},
     }
     notes += common.resize_note(preprocess.get("resize_mode", "shortest"), preprocess.get("interpolation", "bicubic"))
     tokenizer, file = common.text_sections(where.parent, text_cfg["vocab_size"], _cleaning(text_cfg, where))

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,8 +49,9 @@ def random_inputs(weights: Weights, count: int = 4, seed: int = 0) -> Inputs:
 
 
 def ours(config: Config, params: Any, inputs: Inputs) -> Outputs:
-    """What our model computes in float32; ``images`` are the unconditioned embeddings."""
-    graph, _ = nnx.split(abstract_model(config), nnx.Param)
+    """What our model computes in float32, whatever it is trained in; ``images`` are the unconditioned embeddings."""
+    exact = replace(config, model=replace(config.model, dtype="float32"))
+    graph, _ = nnx.split(abstract_model(exact), nnx.Param)
 
     @jax.jit
     def run(params: Any, images: Array, tokens: Array, mask: Array) -> tuple[Array, Array, Array]:
@@ -58,27 +60,30 @@ def ours(config: Config, params: Any, inputs: Inputs) -> Outputs:
         logits = model.logits(model.image_side(output), texts)
         return model.unconditioned_embedding(output), texts.embedding, logits
 
-    images, texts, logits = map(np.asarray, run(params, *inputs))
+    with jax.default_matmul_precision("highest"):
+        images, texts, logits = map(np.asarray, run(params, *inputs))
     return Outputs(_normalised(images), _normalised(texts), logits)
 
 
-def theirs(library: str, folder: Path, config: Config, inputs: Inputs) -> Outputs | None:
-    """What the library computes with the weights in a folder; None where it is not installed or cannot be asked."""
+def theirs(library: str, folder: Path, config: Config, inputs: Inputs) -> Outputs | str | None:
+    """What the library computes with the weights in a folder; where it cannot be asked, why; None: there is none."""
     ask = _LIBRARIES.get(library)
-    if ask is None or not folder.is_dir():
+    if ask is None:
         return None
+    if not folder.is_dir():
+        return "the library reads folders"
     try:
         torch = importlib.import_module("torch")
         importlib.import_module(_PACKAGES[library])
-    except (ImportError, RuntimeError):  # torchvision without its operators raises the latter
-        return None
+    except (ImportError, RuntimeError) as error:  # torchvision without its operators raises the latter
+        return f"{_PACKAGES[library]} cannot be imported ({error})"
     mean, std = (np.asarray(x, np.float32) for x in (config.model.image_mean, config.model.image_std))
     pixels = ((inputs.images.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
     try:
         with torch.no_grad():
             images, texts, logits = ask(folder, torch.from_numpy(pixels), torch.from_numpy(inputs.tokens).long())
-    except ImportError:  # transformers imports the rest of itself only here
-        return None
+    except ImportError as error:  # transformers imports the rest of itself only here
+        return f"{_PACKAGES[library]} cannot be imported ({error})"
     return Outputs(_normalised(images.numpy()), _normalised(texts.numpy()), logits.numpy())
 
 
@@ -97,7 +102,11 @@ def _open_clip(folder: Path, pixels: Any, tokens: Any) -> tuple[Any, Any, Any]:
 
 
 def _hugging_face(folder: Path, pixels: Any, tokens: Any) -> tuple[Any, Any, Any]:
-    model = importlib.import_module("transformers").AutoModel.from_pretrained(folder).eval().float()
+    transformers = importlib.import_module("transformers")
+    # Its warnings are about generating text.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = transformers.AutoModel.from_pretrained(folder).eval().float()
     output = model(input_ids=tokens, pixel_values=pixels)
     return output.image_embeds, output.text_embeds, output.logits_per_image
 

@@ -1,7 +1,6 @@
 """Our own folder of weights: a safetensors file, what of the configuration goes with it, a tokenizer, a model card."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 from flax import traverse_util
 
 from llip_jax.config import Config, ConfigError, to_dict
-from llip_jax.interop.common import checked_config
+from llip_jax.interop.common import TOKENIZER_FILES, TOKENIZERS, checked_config, copy_tokenizer
 from llip_jax.interop.files import Arrays, check_finite, read_json, read_safetensors, write_safetensors, write_text
 from llip_jax.interop.folders import replacing_folder
 from llip_jax.interop.maps import parameter_shapes, tie, to_ours
@@ -21,7 +20,8 @@ NAME = "llip_jax"
 CONFIG = "llip_jax_config.json"
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+FILES = frozenset({CONFIG, WEIGHTS, CARD}) | TOKENIZER_FILES
+"""All that :func:`write` may write."""
 FORMAT_VERSION = 1
 
 _SECTIONS = {"model", "objective", "data.tokenizer"}
@@ -88,29 +88,23 @@ def write(weights: Weights, folder: str | Path, *, overwrite: bool = False) -> N
     Args:
         weights: of any model of ours.
         folder: to be made. One that is not empty is refused.
-        overwrite: replace a folder that holds weights of this format, and nothing that others put there.
+        overwrite: replace a folder that holds nothing but files of this format.
 
     Raises:
         ConfigError: a folder that is in the way, a tokenizer that cannot be read, weights that are not finite or not
             those of their configuration.
     """
     folder = Path(folder)
-    _check_replaceable(folder, overwrite)
     config = checked_config(weights.config, folder)
     arrays = {path: np.asarray(x) for path, x in _flat(weights.params).items()}
     arrays = _flat(_checked(arrays, config, folder))
     check_finite(arrays, folder)
     contents = {"format_version": FORMAT_VERSION, **sections(to_dict(config))}
     name = config.data.tokenizer.name
-    with replacing_folder(folder, overwrite) as temporary:
+    with replacing_folder(folder, overwrite, FILES) as temporary:
         temporary.mkdir()
         if name not in _WITHOUT_FILE:
-            source = weights.tokenizer or Path(name)
-            contents["data"]["tokenizer"]["name"] = TOKENIZERS[source.suffix == ".model"]
-            try:
-                shutil.copyfile(source, temporary / contents["data"]["tokenizer"]["name"])
-            except OSError as error:
-                raise ConfigError(f"data.tokenizer.name: cannot read {source} ({error.strerror})") from None
+            contents["data"]["tokenizer"]["name"] = copy_tokenizer(weights.tokenizer or Path(name), temporary)
         # One entry, as safetensors writes several in random order.
         write_safetensors(temporary / WEIGHTS, arrays, {"format": NAME})
         write_text(temporary / CARD, _card(weights, config))
@@ -143,6 +137,9 @@ def read(folder: str | Path) -> Weights:
         if name not in TOKENIZERS:
             expected = " or ".join(map(repr, ("clip", *TOKENIZERS)))
             raise ConfigError(f"{path}: data.tokenizer.name: {name!r} is no file of this folder, expected {expected}")
+        for other in sorted(TOKENIZER_FILES):  # which are copied wherever the tokenizer is
+            if (folder / other).is_symlink():
+                _within(folder, other)
         tokenizer = _within(folder, name).absolute()
         raw["data"]["tokenizer"]["name"] = str(tokenizer)
     path = _within(folder, WEIGHTS)
@@ -169,17 +166,6 @@ def _within(folder: Path, name: str) -> Path:
     if not real.is_file():
         raise ConfigError(f"{path}: there is no such file")
     return path
-
-
-def _check_replaceable(folder: Path, overwrite: bool) -> None:
-    """Refuses what must not be replaced. (An existing folder without ``overwrite`` is refused where it is made.)"""
-    if not overwrite or not folder.is_dir():
-        return
-    names = {path.name for path in folder.iterdir()}
-    if foreign := names - {CONFIG, WEIGHTS, CARD, *TOKENIZERS}:
-        raise ConfigError(f"{folder}: not replaced, as it holds other files: {', '.join(sorted(foreign)[:5])}")
-    if names and CONFIG not in names:
-        raise ConfigError(f"{folder}: not replaced, as it holds no weights of llip_jax ({CONFIG})")
 
 
 def _card(weights: Weights, config: Config) -> str:

@@ -5,7 +5,7 @@ tokens are copies of the class token, which together count as one in the tower's
 (``model.vision.token_weight`` = 1/K), so that each of them comes out as the class token would. Value and output
 projection are the old projection and the identity: whatever the mixing weights, the mixture is the old embedding. The
 copies differ in a random key bias, so that texts choose among them from the first step on, give them different
-gradients, and they part.
+gradients, and they part. (A learned average begins with random weights instead, which differ from head to head.)
 """
 
 from collections.abc import Callable, Mapping
@@ -18,9 +18,12 @@ import numpy as np
 from flax import nnx, traverse_util
 from jaxtyping import Array, Float
 
-from llip_jax.config import Config, ConfigError, ModelConfig
+from llip_jax.config import Config, ConfigError
 from llip_jax.config_files import merged
 from llip_jax.models.dual_encoder import DualEncoder, abstract_model
+
+COPIES = 16
+"""Mixture tokens made of a class token where nothing says how many. (The paper's 64 double a B/32 tower's tokens.)"""
 
 LONG_CLIP_KEPT = 20
 """Text positions that stretching leaves as they are: most captions end before (arXiv 2403.15378, section 3.1)."""
@@ -49,17 +52,25 @@ def adapted_config(raw: Mapping[str, Any], source: Mapping[str, Any]) -> dict[st
 
     Where a class token becomes several tokens by copying, what makes the first scores equal to the source's is filled
     in too: ``model.vision.token_weight`` and ``model.mixer_key_bias``.
+
+    Raises:
+        ConfigError: mixture tokens for a model that has none.
     """
     whole = merged(source, raw)
     model, own = whole["model"], raw.get("model", {})
     several = model.get("pooler", "mixer") not in _FIXED
+    if not several and own.get("mixture_tokens", 1) != 1:
+        raise ConfigError(
+            f"model.mixture_tokens={own['mixture_tokens']} has no effect with model.pooler={model['pooler']!r}, the "
+            "source's; expected model.pooler='mixer' beside it"
+        )
     if several and source["model"].get("pooler") in _FIXED and raw.get("init", {}).get("tokens", "copies") == "copies":
         # What the source says of these is of its one token.
         own_vision = own.get("vision", {})
         if "mixture_tokens" not in own:
-            model["mixture_tokens"] = ModelConfig().mixture_tokens
+            model["mixture_tokens"] = COPIES
         if "mixer_key_bias" not in own:
-            model["mixer_key_bias"] = True
+            model["mixer_key_bias"] = model["pooler"] == "mixer"
         tokens = model["mixture_tokens"]
         if "token_weight" not in own_vision and isinstance(tokens, int) and tokens > 0:
             in_sequence = model["vision"].get("pooling", "tokens") == "tokens"
@@ -76,41 +87,28 @@ def adapt(params: Mapping[str, Any], source: Config, target: Config) -> Adapted:
     Raises:
         ConfigError: parameters that fit neither way; all are listed.
     """
-    old = traverse_util.flatten_dict(params, sep="/")
-    wanted = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(abstract_model(target), nnx.Param)), sep="/")
+    check_fit(params, source, target)
+    old, wanted = traverse_util.flatten_dict(params, sep="/"), _shapes(target)
+    new_pooler = source.model.pooler != target.model.pooler
     made: dict[str, np.ndarray] = {}
     origin: dict[str, str] = {}
-    problems: list[str] = []
-    new_pooler = source.model.pooler != target.model.pooler
-    if new_pooler and source.model.pooler not in _FIXED:
-        raise ConfigError(
-            f"model.pooler: weights with pooler {source.model.pooler!r} cannot become {target.model.pooler!r}; "
-            f"expected the same, or weights with pooler {_FIXED[0]!r}"
-        )
-    used = set()
-    for path, leaf in wanted.items():
+    for path, shape in wanted.items():
         found = old.get(path)
-        if path == "vision/tokens" and found is not None and new_pooler:
-            used.add(path)  # drawn below: noise and fresh tokens are random
-            continue
-        if found is not None and found.shape == leaf.shape:
+        if new_pooler and path == "vision/tokens":
+            continue  # made below: noise and fresh tokens are random
+        if found is not None and found.shape == shape:
             made[path], origin[path] = found, "copied"
-        elif found is not None and path in _RESAMPLED:
-            made[path], origin[path] = _RESAMPLED[path](found, len(leaf.shape) and leaf.shape[0])
         elif found is not None:
-            problems.append(f"  {path}: {list(found.shape)} in the weights, {list(leaf.shape)} in the configuration")
-        elif new_pooler and path in ("pooler/value", "pooler/output"):
-            made[path], origin[path] = _projection(path, old.get("pooler/image"), leaf.shape)
-        elif not (path.startswith("pooler/") and new_pooler) and path not in _MAY_BE_NEW:
-            problems.append(f"  {path} {list(leaf.shape)}: only in the configuration")
-        used.add(path)
-    dropped = old.keys() - used - ({"pooler/image"} if new_pooler else set())
-    problems += [f"  {path} {list(old[path].shape)}: only in the weights" for path in sorted(dropped - {"bias"})]
-    if problems:
-        raise ConfigError("the weights do not fit the configuration:\n" + "\n".join(problems))
+            made[path], origin[path] = _RESAMPLED[path](found, shape[0])
+        elif path in ("pooler/value", "pooler/output"):
+            made[path], origin[path] = _projection(path, old.get("pooler/image"), shape)
+    dropped = old.keys() - wanted.keys() - ({"pooler/image"} if "pooler/value" in made else set())
     fresh = _fresh(target, wanted.keys() - made.keys())
     if "vision/tokens" in fresh:
         fresh["vision/tokens"], origin["vision/tokens"] = _tokens(old["vision/tokens"], fresh["vision/tokens"], target)
+    if "pooler/logits" in fresh:  # whose initial zeros would give equal tokens equal gradients
+        shape = fresh["pooler/logits"].shape
+        fresh["pooler/logits"] = np.random.default_rng(target.seed).normal(size=shape).astype(np.float32)
     for path in fresh:
         origin.setdefault(path, "new")
     return Adapted(
@@ -118,6 +116,41 @@ def adapt(params: Mapping[str, Any], source: Config, target: Config) -> Adapted:
         {path: origin[path] for path in wanted},
         tuple(sorted(dropped)),
     )
+
+
+def check_fit(params: Mapping[str, Any], source: Config, target: Config) -> None:
+    """Whether :func:`adapt` can do its work; makes nothing.
+
+    Raises:
+        ConfigError: parameters that fit neither way; all are listed.
+    """
+    old, wanted = traverse_util.flatten_dict(params, sep="/"), _shapes(target)
+    pooler = target.model.pooler
+    new_pooler = source.model.pooler != pooler
+    if new_pooler and source.model.pooler not in _FIXED:
+        raise ConfigError(
+            f"model.pooler: weights with pooler {source.model.pooler!r} cannot become {pooler!r}; expected the same, "
+            f"or weights with pooler {_FIXED[0]!r}"
+        )
+    if new_pooler and pooler == "registers" and target.init.tokens == "copies":
+        raise ConfigError("init.tokens: 'copies' is not valid for registers, which would stay equal; expected 'fresh'")
+    problems = []
+    for path, shape in wanted.items():
+        may_change = path in _RESAMPLED or (new_pooler and path == "vision/tokens")
+        may_be_new = path in _MAY_COME_OR_GO or (new_pooler and path.startswith("pooler/"))
+        if path in old and old[path].shape != shape and not may_change:
+            problems.append(f"  {path}: {list(old[path].shape)} in the weights, {list(shape)} in the configuration")
+        elif path not in old and not may_be_new:
+            problems.append(f"  {path} {list(shape)}: only in the configuration")
+    left = old.keys() - wanted.keys() - {*_MAY_COME_OR_GO} - ({"pooler/image"} if new_pooler else set())
+    problems += [f"  {path} {list(old[path].shape)}: only in the weights" for path in sorted(left)]
+    if problems:
+        raise ConfigError("the weights do not fit the configuration:\n" + "\n".join(problems))
+
+
+def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    params = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(abstract_model(config), nnx.Param)), sep="/")
+    return {path: x.shape for path, x in params.items()}
 
 
 def _tokens(class_token: np.ndarray, fresh: np.ndarray, target: Config) -> tuple[np.ndarray, str]:
@@ -146,7 +179,11 @@ def _fresh(config: Config, paths: set[str]) -> dict[str, np.ndarray]:
         params = nnx.to_pure_dict(nnx.state(DualEncoder(config, rngs=nnx.Rngs(config.seed)), nnx.Param))
         return {path: x for path, x in traverse_util.flatten_dict(params, sep="/").items() if path in paths}
 
-    return {path: np.asarray(x) for path, x in jax.jit(draw)().items()} if paths else {}
+    if not paths:
+        return {}
+    # Runs once: see llip_jax.training.state.init_state.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return {path: np.asarray(x) for path, x in jax.jit(draw, compiler_options=options)().items()}
 
 
 def resample_grid(positions: Float[np.ndarray, "P D"], patches: int) -> Float[np.ndarray, "patches D"]:
@@ -194,5 +231,5 @@ _RESAMPLED: dict[str, Callable[[np.ndarray, int], tuple[np.ndarray, str]]] = {
     "vision/positions": _resampled_grid,
     "text/positions": _stretched,
 }
-_MAY_BE_NEW = ("bias",)
-"""A logit bias where the source has none."""
+_MAY_COME_OR_GO = ("bias",)
+"""The logit bias."""

@@ -20,7 +20,6 @@ class Weights:
     tokenizer: tokenizer.json or SentencePiece .model beside the weights; None where there is none (CLIP's is built
         in).
     format: name of the module that read them.
-    dtype: what they were stored as.
     notes: what a user should know that no field holds.
     """
 
@@ -28,5 +27,4 @@ class Weights:
     params: Mapping[str, Any]
     tokenizer: Path | None = None
     format: str = ""
-    dtype: str = "float32"
     notes: tuple[str, ...] = ()

@@ -48,9 +48,10 @@ class WeightedTokens(NamedTuple):
     tokens: int
     weight: float
 
-    def bias(self, length: int, dtype: Any) -> Float[Array, "1 1 1 S"]:
-        """What attention adds to its logits (proportional attention, arXiv 2210.09461, section 3)."""
-        return jnp.where(jnp.arange(length) < self.tokens, math.log(self.weight), 0.0).astype(dtype)[None, None, None]
+    def bias(self, length: int) -> Float[Array, "1 1 1 S"]:
+        """What attention adds to its logits (proportional attention, arXiv 2210.09461, section 3), in float32."""
+        bias = jnp.where(jnp.arange(length) < self.tokens, math.log(self.weight), 0.0)
+        return bias.astype(jnp.float32)[None, None, None]
 
 
 class Block(nnx.Module):
@@ -92,7 +93,7 @@ class Block(nnx.Module):
         """Multi-head self-attention."""
         qkv = jnp.einsum("bsd,dche->cbshe", x, in_use(self.qkv, self.dtype))
         qkv = constrain(qkv + in_use(self.qkv_bias, self.dtype)[:, None, None], None, "batch", None, "heads", None)
-        bias = None if self.weighted is None else self.weighted.bias(x.shape[1], qkv.dtype)
+        bias = None if self.weighted is None else self.weighted.bias(x.shape[1])
         mixed = jax.nn.dot_product_attention(qkv[0], qkv[1], qkv[2], bias=bias, is_causal=self.causal)
         return jnp.einsum("bshe,hed->bsd", mixed, in_use(self.out, self.dtype)) + in_use(self.out_bias, self.dtype)
 

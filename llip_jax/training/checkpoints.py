@@ -1,5 +1,8 @@
 """Orbax checkpoints: state, data position and elapsed time, written while training goes on."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,17 +33,18 @@ class Checkpoints:
     """Numbered checkpoints in one directory. A checkpoint appears under its number only once it is complete."""
 
     def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep,
-            keep_period=config.keep_every_steps,
-            enable_async_checkpointing=True,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-            create=not read_only,
-        )
         # Named here so that the tree of a checkpoint can be read before anything is saved or restored.
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
+        with _without_warnings() if read_only else nullcontext():  # that reading is all it does
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep,
+                keep_period=config.keep_every_steps,
+                enable_async_checkpointing=True,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
+                create=not read_only,
+            )
+            self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
 
     @property
     def latest(self) -> int | None:
@@ -116,6 +120,17 @@ class Checkpoints:
                 f"checkpoint {step} in {self._manager.directory} was made by another configuration:\n"
                 + "\n".join(shown)
             )
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _restore_as(abstract: dict[str, Any]) -> ocp.args.PyTreeRestore:

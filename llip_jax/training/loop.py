@@ -82,6 +82,10 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
         if checkpoints.latest is not None:
             checkpoints.check(checkpoints.latest, spec.abstract._asdict())
+        if checkpoints.latest == config.train.steps and (workdir / "eval" / f"{checkpoints.latest}.json").exists():
+            print(f"complete at step {checkpoints.latest}; with a higher train.steps it goes on")
+            checkpoints.close()
+            return EXIT_FINISHED
         # XLA compiles outside the interpreter lock: tokenizer and state are made meanwhile.
         train_step = make_train_step(config, spec, optimizer)
         compiling = background.submit(compile_step, train_step, config, spec, mesh)
@@ -193,7 +197,9 @@ class _Loop:
             stopping = self.stop.signal_name is not None
             if step > 0 and (last or step % config.checkpoint.every_steps == 0):
                 self._save(step, state, progress, begun_run)
-            if step > 0 and not stopping and (last or step % config.eval.every_steps == 0):
+            # Given weights are evaluated before they change.
+            worth_it = step > 0 or config.init.source != ""
+            if worth_it and not stopping and (last or step % config.eval.every_steps == 0):
                 self.recorder.flush()
                 stopping = not self._evaluate_unless_done(step, state)
             if stopping:

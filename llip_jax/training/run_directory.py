@@ -31,6 +31,7 @@ FIXED_FIELDS = (
     "model.text.length",
     "model.activation",
     "model.vision.activation",
+    "model.vision.big_vision",
     "model.vision.pooling",
     "model.vision.token_weight",
     "model.text.activation",
@@ -84,9 +85,12 @@ def prepare(workdir: Path, config: Config) -> None:
     except OSError as error:
         raise ConfigError(f"--workdir: cannot write to {workdir}: {error.strerror}") from None
     if not (workdir / "config.json").exists():
+        if weights := sorted(path.name for path in workdir.glob("*.safetensors")):
+            raise ConfigError(f"--workdir: {workdir} holds weights ({weights[0]}); expected a folder for the run alone")
         # Left by a start that failed, perhaps with other data: a run's own tokenizer has a config.json beside it.
-        for name in TOKENIZERS:
-            (workdir / name).unlink(missing_ok=True)
+        for path in (workdir / name for name in TOKENIZERS):
+            if path.absolute() != Path(config.data.tokenizer.name).absolute():
+                path.unlink(missing_ok=True)
     else:
         lines = [
             line

@@ -1,7 +1,10 @@
 """Where a run starts from: random parameters, or the weights that ``init.from`` names."""
 
 import math
+import os
 from collections.abc import Mapping
+from contextlib import closing
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from llip_jax.config import Config, ConfigError, resolve, to_dict
 from llip_jax.config_files import merged
 from llip_jax.data.sources import build_source
 from llip_jax.interop import formats
-from llip_jax.interop.surgery import Adapted, adapt, adapted_config
+from llip_jax.interop.surgery import Adapted, adapt, adapted_config, check_fit
 from llip_jax.interop.weights import Weights, sections
 from llip_jax.models.dual_encoder import abstract_model
 from llip_jax.training import run_directory
@@ -34,24 +37,30 @@ def read_weights(path: str | Path, activation: str | None = None) -> Weights:
     path = Path(path)
     step = int(path.name) if path.parent.name == "checkpoints" and path.name.isdigit() else None
     workdir = path if step is None else path.parent.parent
+    workdir = workdir.parent if workdir.name == "checkpoints" else workdir
     if not (workdir / "checkpoints").is_dir():
         return formats.read(path, activation)
     # Orbax takes seconds to import, and only runs need it.
     from llip_jax.training.checkpoints import Checkpoints
 
+    if not (workdir / "config.json").is_file():
+        raise ConfigError(f"{workdir}: checkpoints without the run's config.json say nothing")
     config = run_directory.read_config(workdir)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True)
-    step = checkpoints.latest if step is None else step
-    if step is None or step not in checkpoints.steps:
-        raise ConfigError(f"{path}: no checkpoint {step or ''}; there are: {checkpoints.steps or 'none'}")
     tokenizer = run_directory.tokenizer_file(workdir)
+    if tokenizer is None and config.data.tokenizer.name == "trained":
+        raise ConfigError(f"{workdir}: tokenizer.json is missing, without which its text tower means nothing")
+    with closing(Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True)) as checkpoints:
+        step = checkpoints.latest if step is None else step
+        if step is None or step not in checkpoints.steps:
+            there = checkpoints.steps or "none"
+            raise ConfigError(f"{path}: no checkpoint{'' if step is None else f' {step}'}; there are: {there}")
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        shapes = nnx.to_pure_dict(nnx.state(abstract_model(config), nnx.Param))
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+        params = jax.tree.map(np.asarray, checkpoints.restore_params(step, abstract))
     fixed = sections(to_dict(config))
     if tokenizer is not None:
         fixed["data"]["tokenizer"]["name"] = str(tokenizer)
-    here = SingleDeviceSharding(jax.local_devices()[0])
-    shapes = nnx.to_pure_dict(nnx.state(abstract_model(config), nnx.Param))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    params = jax.tree.map(np.asarray, checkpoints.restore_params(step, abstract))
     return Weights(fixed, params, tokenizer, RUN)
 
 
@@ -67,23 +76,34 @@ def completed(raw: Mapping[str, Any], workdir: Path | None) -> dict[str, Any]:
     if not path:
         return dict(raw)
     if workdir is not None and (workdir / "config.json").exists():
-        return merged(to_dict(run_directory.read_config(workdir)), raw)
-    whole = adapted_config(raw, read_weights(path, raw.get("model", {}).get("activation")).config)
+        before = to_dict(run_directory.read_config(workdir))
+        # The same place by another name is no other source.
+        same = os.path.abspath(path) == os.path.abspath(before["init"]["from"])
+        return merged(before, merged(raw, {"init": {"from": before["init"]["from"]}}) if same else raw)
+    weights = read_weights(path, raw.get("model", {}).get("activation"))
+    whole = adapted_config(raw, weights.config)
     config = resolve(whole)
+    check_fit(weights.params, resolve(weights.config), config)
     if not config.data.path and not config.data.mixture and config.data.source != "toyworld":
         raise ConfigError("data.path: '' is not valid: expected the data to train on")
     samples = len(build_source(config.data, "train", config.model.image_size))
-    return merged(fine_tuning(samples, raw.get("train", {}).get("batch_size")), whole)
+    train = raw.get("train", {})
+    defaults = fine_tuning(samples, train.get("batch_size"), train.get("steps"))
+    if config.model.vision.big_vision is not None:
+        defaults["optimizer"].pop("layer_decay")
+    if weights.config["model"]["pooler"] != config.model.pooler:
+        defaults["optimizer"]["rates"] = _new_rates(config)
+    return merged(defaults, whole)
 
 
-def fine_tuning(samples: int, batch_size: int | None = None) -> dict[str, Any]:
+def fine_tuning(samples: int, batch_size: int | None = None, steps: int | None = None) -> dict[str, Any]:
     """How long and how carefully to fine-tune on so many samples, as a raw configuration.
 
     Small data is seen more often, in smaller batches, and moves the lower layers less.
     """
     batch = batch_size or 2 ** max(3, min(8, int(math.log2(max(samples, 1) / 8))))
     epochs = min(30.0, max(1.0, 30 * math.sqrt(1000 / samples)))
-    steps = max(50, math.ceil(epochs * samples / batch))
+    steps = steps or max(50, math.ceil(epochs * samples / batch))
     return {
         "train": {"batch_size": batch, "steps": steps},
         "optimizer": {
@@ -95,6 +115,19 @@ def fine_tuning(samples: int, batch_size: int | None = None) -> dict[str, Any]:
         "checkpoint": {"every_steps": max(50, steps // 5)},
         "eval": {"every_steps": max(50, steps // 5)},
     }
+
+
+def _new_rates(config: Config) -> dict[str, float]:
+    """Faster learning for what surgery made, but for what is frozen.
+
+    New parameters start from noise, and each copy of a class token gets a share of its gradient.
+    """
+    rates = {"pooler/query": 10.0, "pooler/key": 10.0} if config.model.pooler == "mixer" else {}
+    if config.model.pooler == "mixer" and config.model.mixer_key_bias:
+        rates["pooler/key_bias"] = 10.0
+    if config.init.tokens == "copies":
+        rates["vision/tokens"] = 30.0
+    return {path: rate for path, rate in rates.items() if not any(fnmatchcase(path, p) for p in config.train.frozen)}
 
 
 def starting_params(config: Config) -> Adapted:
