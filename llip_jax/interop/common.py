@@ -152,7 +152,7 @@ def copy_tokenizer(source: Path, folder: Path) -> str:
     # A lone file may have any name; the libraries know it by one.
     name = source.name if source.name in TOKENIZERS else TOKENIZERS[1 if source.suffix == ".model" else 0]
     beside = [source.parent / other for other in TOKENIZER_SETTINGS]
-    if source.name == TOKENIZERS[0]:  # SiglipTokenizer takes the SentencePiece model even where there is a tokenizer.json.
+    if source.name == TOKENIZERS[0]:  # SiglipTokenizer takes the SentencePiece model even beside a tokenizer.json.
         beside += [source.parent / other for other in TOKENIZERS[1:]]
     for path, target in [(source, name), *((path, path.name) for path in beside if path.is_file())]:
         try:
