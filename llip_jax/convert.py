@@ -37,6 +37,7 @@ def convert(source: Path, target: Path, format: str, overrides: Sequence[str] = 
     tokenizer = after.data.tokenizer.name
     changed = replace(
         weights,
+        history=(*weights.history, *([f"Changed: {', '.join(overrides)}."] if overrides else [])),
         config=sections(to_dict(after)),
         params=adapted.params,
         tokenizer=None if tokenizer in ("", "clip", "trained") else Path(tokenizer),

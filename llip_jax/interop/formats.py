@@ -1,6 +1,7 @@
 """Which library wrote a set of weights, and reading and writing them by its name."""
 
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 
 from llip_jax.config import ConfigError, nearest
@@ -61,8 +62,11 @@ def read(path: Path, activation: str | None = None) -> Weights:
     """
     format = detect(path)
     if format == open_clip.NAME and path.is_file() and not (path.parent / open_clip.CONFIG).exists():
-        return open_clip.read(path, activation)
-    return READERS[format](path)
+        weights = open_clip.read(path, activation)
+    else:
+        weights = READERS[format](path)
+    # Ours bring their history along.
+    return weights if format == pretrained.NAME else replace(weights, history=(f"Weights of {path.name} ({format}).",))
 
 
 def write(weights: Weights, path: Path, format: str) -> None:

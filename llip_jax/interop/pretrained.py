@@ -78,7 +78,7 @@ probabilities = model.classify(["photo.jpg"], ["dog", "cat"])  # [images, classe
 
 ## Origin
 
-{origin}
+{history}
 """
 
 
@@ -99,7 +99,8 @@ def write(weights: Weights, folder: str | Path, *, overwrite: bool = False) -> N
     arrays = {path: np.asarray(x) for path, x in _flat(weights.params).items()}
     arrays = _flat(_checked(arrays, config, folder))
     check_finite(arrays, folder)
-    contents = {"format_version": FORMAT_VERSION, **sections(to_dict(config))}
+    history = list(weights.history + weights.notes)
+    contents = {"format_version": FORMAT_VERSION, "history": history, **sections(to_dict(config))}
     name = config.data.tokenizer.name
     with replacing_folder(folder, overwrite, FILES) as temporary:
         temporary.mkdir()
@@ -125,6 +126,9 @@ def read(folder: str | Path) -> Weights:
         raise ConfigError(
             f"{path}: format_version: {version!r} is not known, expected {FORMAT_VERSION}; update llip_jax"
         )
+    history = contents.pop("history", [])
+    if not isinstance(history, list) or not all(isinstance(line, str) for line in history):
+        raise ConfigError(f"{path}: history: {history!r} is not valid: expected a list of sentences")
     # A run may start from these weights; they have no say in the rest of its configuration.
     data = contents.get("data")
     given = (contents.keys() - {"data"}) | {f"data.{name}" for name in (data if isinstance(data, dict) else {})}
@@ -143,7 +147,8 @@ def read(folder: str | Path) -> Weights:
         tokenizer = _within(folder, name).absolute()
         raw["data"]["tokenizer"]["name"] = str(tokenizer)
     path = _within(folder, WEIGHTS)
-    return Weights(raw, _checked(read_safetensors(path), config, path), tokenizer, NAME)
+    params = _checked(read_safetensors(path), config, path)
+    return Weights(raw, params, tokenizer, NAME, history=tuple(history))
 
 
 def _checked(arrays: Arrays, config: Config, source: Path) -> dict[str, Any]:
@@ -183,13 +188,11 @@ def _card(weights: Weights, config: Config) -> str:
         "tokenizer": f"{texts}, {tokenizer.vocabulary_size:,} tokens",
         "objective": ", ".join(f"{name} (weight {term.weight:g})" for name, term in config.objective.terms().items()),
     }
-    origins = {"": "Written by llip_jax.", "run": "Trained with llip_jax.", NAME: "Weights of another such folder."}
-    origin = [origins.get(weights.format, f"Converted from weights of {weights.format}."), *weights.notes]
     return _CARD.format(
         title=("Llip" if mixed else "Dual encoder") + f", {shape.vision.layers} layers, {model.image_size} pixels",
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         unconditioned=_UNCONDITIONED[mixed],
-        origin="\n".join(f"- {line}" for line in origin),
+        history="\n".join(f"- {line}" for line in weights.history + weights.notes) or "Not known.",
     )
 
 

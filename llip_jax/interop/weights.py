@@ -21,6 +21,7 @@ class Weights:
         in).
     format: name of the module that read them.
     notes: what a user should know that no field holds.
+    history: where they come from, in sentences; a model card shows it.
     """
 
     config: Mapping[str, Any]
@@ -28,3 +29,4 @@ class Weights:
     tokenizer: Path | None = None
     format: str = ""
     notes: tuple[str, ...] = ()
+    history: tuple[str, ...] = ()

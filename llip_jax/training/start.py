@@ -61,7 +61,9 @@ def read_weights(path: str | Path, activation: str | None = None) -> Weights:
     fixed = sections(to_dict(config))
     if tokenizer is not None:
         fixed["data"]["tokenizer"]["name"] = str(tokenizer)
-    return Weights(fixed, params, tokenizer, RUN)
+    source = f" from {Path(config.init.source).name}" if config.init.source else ""
+    history = f"Trained by llip_jax for {step:,} steps of {config.train.batch_size:,} images{source}."
+    return Weights(fixed, params, tokenizer, RUN, history=(history,))
 
 
 def completed(raw: Mapping[str, Any], workdir: Path | None) -> dict[str, Any]:
