@@ -1,7 +1,7 @@
 """Effects of fine-tuning, against controls: at equal steps and with the same batches, three seeds.
 
-Whether a Llip gets below its source is a matter of the source: on emoji it does (benchmarks/fine_tuning.py,
-docs/weights.md), on ToyWorld, whose source has seen 200 steps only, it does not on two seeds of three.
+Whether a Llip gets below its source depends on the source: on emoji it does (benchmarks/fine_tuning.py,
+docs/weights.md), here, where the source has seen 200 steps only, it does not on two seeds of three.
 """
 
 import functools

@@ -28,8 +28,8 @@ COPIES = 16
 LONG_CLIP_KEPT = 20
 """Text positions that stretching leaves as they are: most captions end before (arXiv 2403.15378, section 3.1)."""
 
-_FIXED = ("class_token",)
-"""Poolers that other poolers may start from."""
+_ONE_VECTOR = "class_token"
+"""The pooler that all others may start from."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ def adapted_config(raw: Mapping[str, Any], source: Mapping[str, Any]) -> dict[st
     """
     whole = merged(source, raw)
     model, own = whole["model"], raw.get("model", {})
-    several = model.get("pooler", "mixer") not in _FIXED
+    several = model.get("pooler", "mixer") != _ONE_VECTOR
     if not several and own.get("mixture_tokens", 1) != 1:
         raise ConfigError(
             f"model.mixture_tokens={own['mixture_tokens']} has no effect with model.pooler={model['pooler']!r}, the "
             "source's; expected model.pooler='mixer' beside it"
         )
-    if several and source["model"].get("pooler") in _FIXED and raw.get("init", {}).get("tokens", "copies") == "copies":
+    if several and source["model"].get("pooler") == _ONE_VECTOR and raw.get("init", {}).get("tokens", "copies") == "copies":
         # What the source says of these is of its one token.
         own_vision = own.get("vision", {})
         if "mixture_tokens" not in own:
@@ -127,10 +127,10 @@ def check_fit(params: Mapping[str, Any], source: Config, target: Config) -> None
     old, wanted = traverse_util.flatten_dict(params, sep="/"), _shapes(target)
     pooler = target.model.pooler
     new_pooler = source.model.pooler != pooler
-    if new_pooler and source.model.pooler not in _FIXED:
+    if new_pooler and source.model.pooler != _ONE_VECTOR:
         raise ConfigError(
             f"model.pooler: weights with pooler {source.model.pooler!r} cannot become {pooler!r}; expected the same, "
-            f"or weights with pooler {_FIXED[0]!r}"
+            f"or weights with pooler {_ONE_VECTOR!r}"
         )
     if new_pooler and pooler == "registers" and target.init.tokens == "copies":
         raise ConfigError("init.tokens: 'copies' is not valid for registers, which would stay equal; expected 'fresh'")
