@@ -64,7 +64,8 @@ def adapted_config(raw: Mapping[str, Any], source: Mapping[str, Any]) -> dict[st
             f"model.mixture_tokens={own['mixture_tokens']} has no effect with model.pooler={model['pooler']!r}, the "
             "source's; expected model.pooler='mixer' beside it"
         )
-    if several and source["model"].get("pooler") == _ONE_VECTOR and raw.get("init", {}).get("tokens", "copies") == "copies":
+    copies = raw.get("init", {}).get("tokens", "copies") == "copies"
+    if several and copies and source["model"].get("pooler") == _ONE_VECTOR:
         # What the source says of these is of its one token.
         own_vision = own.get("vision", {})
         if "mixture_tokens" not in own:
