@@ -130,7 +130,7 @@ def load(path: str | Path, *, batch_size: int = 32, dtype: str = "auto") -> "Mod
 
 
 def _read_weights(path: Path) -> Weights:
-    if (path / "checkpoints").is_dir() or path.parent.name == "checkpoints":
+    if (path / "checkpoints").is_dir() or "checkpoints" in (path.name, path.parent.name):
         # Seconds of imports (Orbax, TensorBoard, data formats) that only a run directory needs.
         from llip_jax.training.start import read_weights
 

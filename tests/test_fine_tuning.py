@@ -136,6 +136,7 @@ def test_fine_tuned_weights_are_read_at_any_saved_step(tmp_path: Path) -> None:
     step = read_weights(fine_tuned() / "checkpoints" / "4")
     assert weights.tokenizer == fine_tuned() / "tokenizer.json"
     jax.tree.map(np.testing.assert_array_equal, weights.params, step.params)
+    jax.tree.map(np.testing.assert_array_equal, weights.params, load(fine_tuned() / "checkpoints").params)
     with pytest.raises(ConfigError, match=r"no checkpoint 3; there are: \[4\]"):
         read_weights(fine_tuned() / "checkpoints" / "3")
 

@@ -66,6 +66,6 @@ def test_fine_tuning_beats_training_from_scratch(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_llip_does_as_well_as_its_source(seed: int) -> None:
-    """The largest difference seen was 0.021, of losses about 3.7."""
-    assert loss("", seed) == pytest.approx(loss(":as_is", seed), abs=0.06)
+def test_a_llip_does_not_fall_behind_its_source(seed: int) -> None:
+    """On seeds 0 and 1 it was 0.021 and 0.001 above, of losses about 3.7; on seed 2 below."""
+    assert loss("", seed) < loss(":as_is", seed) + 0.06

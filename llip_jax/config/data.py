@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from llip_jax.config.errors import STRICT
+from llip_jax.config.errors import STRICT, listed
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -149,9 +149,7 @@ class FieldsConfig:
     @field_validator("image", "captions", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return (value,)
-        return tuple(value) if isinstance(value, list) else value
+        return listed(value)
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

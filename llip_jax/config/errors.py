@@ -1,10 +1,18 @@
 """What every part of the configuration needs: the strict mode, and errors that help."""
 
 import difflib
+from typing import Any
 
 import pydantic
 
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def listed(value: Any) -> Any:
+    """A single string, or a list, as a tuple; for fields of several strings."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
 
 
 class ConfigError(ValueError):

@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 from llip_jax.config.data import DataConfig
-from llip_jax.config.errors import STRICT
+from llip_jax.config.errors import STRICT, listed
 from llip_jax.config.model import ModelConfig
 
 
@@ -71,9 +71,7 @@ class TrainConfig:
     @field_validator("frozen", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return (value,)
-        return tuple(value) if isinstance(value, list) else value
+        return listed(value)
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

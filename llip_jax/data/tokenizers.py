@@ -5,6 +5,7 @@ import itertools
 import os
 import string
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -113,7 +114,7 @@ class ClipTokenizer:
         return _pack(tokens, [clip_bpe.START], clip_bpe.END, 0, length)
 
 
-class _FileTokenizer:
+class _FileTokenizer(ABC):
     """What the tokenizers read from files have in common.
 
     Args:
@@ -143,8 +144,9 @@ class _FileTokenizer:
         tokens = self._tokenize([self._clean(text) for text in texts])
         return _pack(tokens, self._start, self._end, self._pad, length)
 
+    @abstractmethod
     def _tokenize(self, texts: list[str]) -> Sequence[Sequence[int]]:
-        raise NotImplementedError
+        """Tokens without start and end."""
 
 
 class HuggingFaceTokenizer(_FileTokenizer):
