@@ -91,10 +91,25 @@ class Block(nnx.Module):
 
     def attention(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Multi-head self-attention."""
+        q, k, v, bias = self._attended(x)
+        return self._projected(jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=self.causal))
+
+    def observed(
+        self, x: Float[Array, "B S D"], offset: Float[Array, "B H S S"]
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B H S S"]]:
+        """The block's output with ``offset`` added to the attention weights, and those weights (query, then key)."""
+        q, k, v, bias = self._attended(self.norm1(x))
+        weights = attention_weights(q, k, bias, self.causal) + offset
+        x = x + self._projected(jnp.einsum("bhqk,bkhe->bqhe", weights.astype(self.dtype), v))
+        return x + self.mlp(self.norm2(x)), weights
+
+    def _attended(self, x: Float[Array, "B S D"]) -> tuple[Array, Array, Array, Array | None]:
+        """Queries, keys, values [B, S, H, dh], and what is added to the products of the first two."""
         qkv = jnp.einsum("bsd,dche->cbshe", x, in_use(self.qkv, self.dtype))
         qkv = constrain(qkv + in_use(self.qkv_bias, self.dtype)[:, None, None], None, "batch", None, "heads", None)
-        bias = None if self.weighted is None else self.weighted.bias(x.shape[1])
-        mixed = jax.nn.dot_product_attention(qkv[0], qkv[1], qkv[2], bias=bias, is_causal=self.causal)
+        return qkv[0], qkv[1], qkv[2], None if self.weighted is None else self.weighted.bias(x.shape[1])
+
+    def _projected(self, mixed: Float[Array, "B S H dh"]) -> Float[Array, "B S D"]:
         return jnp.einsum("bshe,hed->bsd", mixed, in_use(self.out, self.dtype)) + in_use(self.out_bias, self.dtype)
 
     def mlp(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
@@ -125,13 +140,40 @@ class AttentionPool(nnx.Module):
 
     def __call__(self, queries: Float[Array, "K D"], patches: Float[Array, "B P D"]) -> Float[Array, "B K D"]:
         """One vector for each query."""
+        q, k, v = self._attended(queries, patches)
+        return self._finished(jax.nn.dot_product_attention(q, k, v))
+
+    def observed(
+        self, queries: Float[Array, "K D"], patches: Float[Array, "B P D"], offset: Float[Array, "B H K P"]
+    ) -> tuple[Float[Array, "B K D"], Float[Array, "B H K P"]]:
+        """The same with ``offset`` added to the attention weights, and those weights."""
+        q, k, v = self._attended(queries, patches)
+        weights = attention_weights(q, k, None, causal=False) + offset
+        return self._finished(jnp.einsum("bhqk,bkhe->bqhe", weights.astype(self.dtype), v)), weights
+
+    def _attended(self, queries: Float[Array, "K D"], patches: Float[Array, "B P D"]) -> tuple[Array, Array, Array]:
+        """Queries [B, K, H, dh], keys and values [B, P, H, dh]."""
         q = jnp.einsum("kd,dhe->khe", queries, in_use(self.query, self.dtype)) + in_use(self.query_bias, self.dtype)
         q = jnp.broadcast_to(q, (patches.shape[0], *q.shape))
         kv = jnp.einsum("bpd,dche->cbphe", patches, in_use(self.key_value, self.dtype))
         kv = constrain(kv + in_use(self.key_value_bias, self.dtype)[:, None, None], None, "batch", None, "heads", None)
-        mixed = jax.nn.dot_product_attention(constrain(q, "batch", None, "heads", None), kv[0], kv[1])
+        return constrain(q, "batch", None, "heads", None), kv[0], kv[1]
+
+    def _finished(self, mixed: Float[Array, "B K H dh"]) -> Float[Array, "B K D"]:
         y = jnp.einsum("bkhe,hed->bkd", mixed, in_use(self.out, self.dtype)) + in_use(self.out_bias, self.dtype)
         return constrain(y + _mlp(self, self.norm(y)), "batch", None, None)
+
+
+def attention_weights(
+    q: Float[Array, "B Q H dh"], k: Float[Array, "B S H dh"], bias: Float[Array, "1 1 1 S"] | None, causal: bool
+) -> Float[Array, "B H Q S"]:
+    """What jax.nn.dot_product_attention mixes values by, in float32."""
+    logits = jnp.einsum("bqhe,bkhe->bhqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if bias is not None:
+        logits += bias
+    if causal:
+        logits = jnp.where(jnp.tri(*logits.shape[-2:], dtype=bool), logits, -jnp.inf)
+    return jax.nn.softmax(logits, axis=-1)
 
 
 def _mlp(layer: Block | AttentionPool, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
@@ -182,3 +224,19 @@ class Transformer(nnx.Module):
         for piece in pieces:
             x = layer(x, jax.tree.unflatten(structure, [leaf[0] for leaf in piece]))
         return x
+
+    def observed(
+        self, x: Float[Array, "B S D"], offsets: Float[Array, "layers B H S S"]
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "layers B H S S"]]:
+        """All blocks with ``offsets`` added to their attention weights, and those weights.
+
+        To be looked at and differentiated by: a gradient with respect to ``offsets`` (zeros) is one with respect to the
+        weights. Attention is written out, so memory grows with layers x heads x S^2 an image.
+        """
+        graph, stacked = nnx.split(self.blocks)
+
+        def layer(x: Array, inputs: tuple[nnx.State, Array]) -> tuple[Array, Array]:
+            params, offset = inputs
+            return nnx.merge(graph, params).observed(x, offset)
+
+        return jax.lax.scan(layer, x, (stacked, offsets))

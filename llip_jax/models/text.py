@@ -40,9 +40,29 @@ class TextTower(nnx.Module):
         ``mask`` is 1 on real tokens and 0 on the padding behind them, where causal attention never looks. A text
         without any token (an empty caption slot) reads its first position.
         """
-        x = in_use(self.embedding, self.dtype)[tokens] + in_use(self.positions, self.dtype)[: tokens.shape[1]]
-        x = self.transformer(constrain(x, "batch", None, None))
+        return self.read(self.transformer(self.placed(self.embed(tokens))), mask)
+
+    def observed(
+        self, embedded: Float[Array, "J L Dt"], mask: Int[Array, "J L"], offsets: Float[Array, "layers J H L L"]
+    ) -> tuple[Float[Array, "J Dt"], Float[Array, "layers J H L L"]]:
+        """The same of token embeddings, with what :meth:`Transformer.observed` adds and returns."""
+        x, weights = self.transformer.observed(self.placed(embedded), offsets)
+        return self.read(x, mask), weights
+
+    def embed(self, tokens: Int[Array, "J L"]) -> Float[Array, "J L Dt"]:
+        """Token embeddings, without positions."""
+        return in_use(self.embedding, self.dtype)[tokens]
+
+    def placed(self, embedded: Float[Array, "J L Dt"]) -> Float[Array, "J L Dt"]:
+        """What the transformer reads: token embeddings and positions."""
+        return constrain(embedded + in_use(self.positions, self.dtype)[: embedded.shape[1]], "batch", None, None)
+
+    def read(self, x: Float[Array, "J L Dt"], mask: Int[Array, "J L"]) -> Float[Array, "J Dt"]:
+        """The vector of the text after the transformer."""
+        return self.norm_final(jnp.take_along_axis(x, self.read_at(mask)[:, None, None], axis=1)[:, 0])
+
+    def read_at(self, mask: Int[Array, "J L"]) -> Int[Array, "J"]:
+        """The position that :meth:`read` takes."""
         if self.pooling == "last":
-            return self.norm_final(x[:, -1])
-        last = jnp.maximum(mask.sum(axis=1) - 1, 0)
-        return self.norm_final(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+            return jnp.full(len(mask), mask.shape[1] - 1)
+        return jnp.maximum(mask.sum(axis=1) - 1, 0)

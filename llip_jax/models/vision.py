@@ -26,6 +26,17 @@ class TowerOutput(NamedTuple):
     patches: Float[Array, "N P Dv"]
 
 
+class Attention(NamedTuple):
+    """Attention weights of a vision tower; S is K + P where learned tokens go through the tower, else P.
+
+    layers: of each layer and head, query then key.
+    pool: of attention pooling, where the tower has it.
+    """
+
+    layers: Float[Array, "layers N H S S"]
+    pool: Float[Array, "N H K P"] | None
+
+
 def patchify(images: Float[Array, "N H W C"], patch: int) -> Float[Array, "N P patch*patch*C"]:
     """Cuts images into flattened square patches, row by row."""
     n, h, w, c = images.shape
@@ -65,12 +76,8 @@ class VisionTower(nnx.Module):
         )
         self.norm_post = layer_norm(d, epsilon, dtype, rngs)
         self.attention_pool = None if in_sequence else AttentionPool(shape.vision, activation, epsilon, dtype, rngs)
-        self.patch, self.image_size, self.patch_dropout, self.dtype = (
-            shape.patch,
-            config.image_size,
-            config.patch_dropout,
-            dtype,
-        )
+        self.patch, self.image_size, self.heads = shape.patch, config.image_size, shape.vision.heads
+        self.patch_dropout, self.dtype = config.patch_dropout, dtype
         self.mean, self.std = config.image_mean, config.image_std
 
     def __call__(self, images: UInt8[Array, "N H W 3"], dropout_key: Key[Array, ""] | None = None) -> TowerOutput:
@@ -79,6 +86,41 @@ class VisionTower(nnx.Module):
         Raises:
             ValueError: images of another size or type.
         """
+        x = self._embedded(images)
+        if dropout_key is not None and self.patch_dropout > 0:
+            x = drop_patches(x, self.patch_dropout, dropout_key)
+        tokens = in_use(self.tokens, self.dtype)
+        if self.attention_pool is not None:
+            patches = self.norm_post(self.transformer(self._first_norm(x)))
+            return TowerOutput(mixture=self.attention_pool(tokens, patches), patches=patches)
+        x = self.norm_post(self.transformer(self._first_norm(self._with_tokens(x, tokens))))
+        return TowerOutput(mixture=x[:, : tokens.shape[0]], patches=x[:, tokens.shape[0] :])
+
+    def observed(self, images: UInt8[Array, "N H W 3"], offsets: Attention) -> tuple[TowerOutput, Attention]:
+        """The same, ``offsets`` added to all attention weights, and those weights (see Transformer.observed)."""
+        x, tokens = self._embedded(images), in_use(self.tokens, self.dtype)
+        if self.attention_pool is not None:
+            assert offsets.pool is not None
+            patches, layers = self.transformer.observed(self._first_norm(x), offsets.layers)
+            patches = self.norm_post(patches)
+            mixture, pool = self.attention_pool.observed(tokens, patches, offsets.pool)
+            return TowerOutput(mixture, patches), Attention(layers, pool)
+        x, layers = self.transformer.observed(self._first_norm(self._with_tokens(x, tokens)), offsets.layers)
+        x = self.norm_post(x)
+        return TowerOutput(mixture=x[:, : tokens.shape[0]], patches=x[:, tokens.shape[0] :]), Attention(layers, None)
+
+    def no_offsets(self, images: int) -> Attention:
+        """Zeros for :meth:`observed`."""
+        tokens, patches = self.tokens.shape[0], self.positions.shape[0]
+        length = patches if self.attention_pool is not None else tokens + patches
+        layers = jnp.zeros((self.transformer.layers, images, self.heads, length, length), jnp.float32)
+        return Attention(
+            layers,
+            None if self.attention_pool is None else jnp.zeros((images, self.heads, tokens, patches), jnp.float32),
+        )
+
+    def _embedded(self, images: UInt8[Array, "N H W 3"]) -> Float[Array, "N P Dv"]:
+        """Patches with their positions."""
         if images.dtype != jnp.uint8 or images.shape[1:] != (self.image_size, self.image_size, 3):
             expected = f"uint8 [N, {self.image_size}, {self.image_size}, 3]"
             raise ValueError(f"images: expected {expected}, got {images.dtype} {list(images.shape)}")
@@ -86,19 +128,14 @@ class VisionTower(nnx.Module):
         x = patchify(pixels.astype(self.dtype), self.patch) @ in_use(self.patch_kernel, self.dtype)
         if self.patch_bias is not None:
             x += in_use(self.patch_bias, self.dtype)
-        x += in_use(self.positions, self.dtype)
-        if dropout_key is not None and self.patch_dropout > 0:
-            x = drop_patches(x, self.patch_dropout, dropout_key)
-        tokens = in_use(self.tokens, self.dtype)
-        if self.attention_pool is not None:
-            patches = self._transformed(x)
-            return TowerOutput(mixture=self.attention_pool(tokens, patches), patches=patches)
-        x = self._transformed(jnp.concatenate([jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape)), x], axis=1))
-        return TowerOutput(mixture=x[:, : tokens.shape[0]], patches=x[:, tokens.shape[0] :])
+        return x + in_use(self.positions, self.dtype)
 
-    def _transformed(self, x: Float[Array, "N S Dv"]) -> Float[Array, "N S Dv"]:
+    def _with_tokens(self, x: Float[Array, "N P Dv"], tokens: Float[Array, "K Dv"]) -> Float[Array, "N S Dv"]:
+        return jnp.concatenate([jnp.broadcast_to(tokens, (x.shape[0], *tokens.shape)), x], axis=1)
+
+    def _first_norm(self, x: Float[Array, "N S Dv"]) -> Float[Array, "N S Dv"]:
         x = constrain(x, "batch", None, None)
-        return self.norm_post(self.transformer(x if self.norm_pre is None else self.norm_pre(x)))
+        return x if self.norm_pre is None else self.norm_pre(x)
 
 
 def normalized_pixels(
