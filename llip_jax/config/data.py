@@ -162,7 +162,7 @@ class TfdsConfig:
     """Where prepared data sets lie; None: where TensorFlow Datasets puts them."""
 
 
-SourceFormat = Literal["toyworld", "folder", "webdataset", "parquet", "array_record", "tfds"]
+SourceFormat = Literal["toyworld", "folder", "webdataset", "parquet", "array_record", "tfds", "clip_benchmark"]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

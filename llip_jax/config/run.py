@@ -6,7 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
-from llip_jax.config.data import DataConfig
+from llip_jax.config.data import DataConfig, SourceConfig
 from llip_jax.config.errors import STRICT, listed
 from llip_jax.config.model import ModelConfig
 
@@ -124,23 +124,81 @@ class CheckpointConfig:
     keep_every_steps: int | None = Field(default=None, ge=1)
 
 
+Scorer = Literal["mean_text", "mean_score", "max_score", "attributes"]
+Task = Literal["zero_shot", "retrieval", "choice", "knn", "linear_probe", "diagnostics", "exhibits"]
+
+
 @dataclass(frozen=True, config=STRICT, kw_only=True)
-class EvalConfig:
-    """Evaluation during training (and always after the last step)."""
+class ClassesConfig:
+    """What images are told apart by, and what else is known about them."""
+
+    classes: str = ""
+    """Class names, or names with the texts that describe them: a .txt file (a name a line), a .json file
+    (docs/evaluation.md), ``open_clip:imagenet`` or ``clip_benchmark:NAME`` of an installed package. Empty: the labels
+    that occur."""
+    templates_from: str = ""
+    """Prompts in place of ``eval.templates``: a .txt file (one a line), a .json file (a list), ``open_clip:imagenet``,
+    ``open_clip:simple`` or ``clip_benchmark:NAME``."""
+    choice_field: str | None = None
+    """Record field with the captions of an image-caption choice, the true one first; None: no such task."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class EvalSetConfig(SourceConfig, ClassesConfig):
+    """A further evaluation set: all samples at ``path``."""
+
+    label_field: str | None = None
+    """Record field with the class: its name, its number among ``classes``, or a list of these (several labels an
+    image). None: no classification, but for `clip_benchmark`, which knows it."""
+    robustness: str = ""
+    """Sets with the same word here are one set and its variants, of which mean and worst are reported.
+    ``eval.robustness`` puts the run's own set among them."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class EvalConfig(ClassesConfig):
+    """Evaluation during training (and always after the last step), and what launch/evaluate.py does more."""
 
     every_steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=256, ge=1)
     """Images, or texts, of one evaluation block over all devices."""
+    tasks: tuple[Task, ...] = ("zero_shot", "retrieval")
+    """What is done as often as that; launch/evaluate.py --tasks does what it is told."""
+    scorers: tuple[Scorer, ...] = ("mean_text",)
+    """How the several texts of a class become one score (evaluation/scorers.py)."""
     templates: tuple[str, ...] = ("a picture of a {}.", "an image showing a {}.", "a {} seen up close.", "one {}.")
     """Prompts of zero-shot classification; each ``{}`` becomes the class name."""
     shortlist: int | None = Field(default=None, ge=1)
     """Report two-stage retrieval too, with shortlists of so many (evaluation/two_stage.py); None: exact only."""
+    groups: tuple[str, ...] = ()
+    """Record fields by whose values figures are broken down."""
+    probe_images: int = Field(default=5000, ge=1)
+    """Labelled training images that k-NN and linear probes learn from, at most."""
+    sets: dict[str, EvalSetConfig] = Field(default_factory=dict)
+    """Further evaluation sets by name, for launch/evaluate.py."""
+    robustness: str = ""
+    """See ``eval.sets``."""
+
+    @field_validator("tasks", "scorers", "groups", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return listed(value)
 
     @field_validator("templates")
     @classmethod
     def _filled(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if not value or any("{}" not in template for template in value):
             raise ValueError(f"expected at least one template, each with '{{}}' for the class name, got {value}")
+        return value
+
+    @field_validator("sets")
+    @classmethod
+    def _named(cls, value: dict[str, EvalSetConfig]) -> dict[str, EvalSetConfig]:
+        for name, own in value.items():
+            if not name.replace("-", "").replace("_", "").isalnum() or name == "own":
+                raise ValueError(f"expected names of letters, digits, - and _ (but not 'own'), got {name!r}")
+            if not own.path and own.source != "toyworld":
+                raise ValueError(f"{name} has no path")
         return value
 
 

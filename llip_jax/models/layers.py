@@ -172,7 +172,7 @@ def attention_weights(
     if bias is not None:
         logits += bias
     if causal:
-        logits = jnp.where(jnp.tri(*logits.shape[-2:], dtype=bool), logits, -jnp.inf)
+        logits = jnp.where(jnp.tri(logits.shape[-2], logits.shape[-1], dtype=bool), logits, -jnp.inf)
     return jax.nn.softmax(logits, axis=-1)
 
 
