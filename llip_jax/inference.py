@@ -26,6 +26,7 @@ from llip_jax.data.images import Pixels, check_size, from_pillow, open_picture, 
 from llip_jax.data.records import BadSample
 from llip_jax.data.tokenizers import ClipTokenizer, Tokenizer, check_tokenizer, load_tokenizer
 from llip_jax.evaluation.classes import ClassSpec
+from llip_jax.evaluation.maps import caption_maps, map_bytes, uncaptioned_maps
 from llip_jax.evaluation.scoring import one_late, score_blocks
 from llip_jax.interop import formats, pretrained
 from llip_jax.interop.weights import Weights
@@ -40,6 +41,8 @@ Picture = Image.Image | Pixels | str | Path | bytes
 """An open picture, its pixels, the path of its file, or what is in the file."""
 
 TEMPLATES = EvalConfig().templates
+_MAP_BYTES = 256 * 2**20
+"""Of attention weights and their gradients, about, while maps are made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,6 +274,33 @@ class Model:
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         return (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32)
 
+    def maps(
+        self, images: Picture | Iterable[Picture], texts: str | Iterable[str] | Texts | None = None
+    ) -> Float[np.ndarray, "N J height width"]:
+        """Where every picture agrees with every text: what each patch adds to their cosine, negative where against it.
+
+        Without texts: where each picture's unconditioned embedding comes from, as the one map of it. The formulas are
+        those of :mod:`llip_jax.evaluation.maps`, whose ``overlay`` draws a map on its picture (resized and cropped as
+        in evaluation: maps are of what the model sees).
+
+        Raises:
+            ConfigError: as :meth:`score`; the vision tower is big_vision's.
+        """
+        columns = None
+        if texts is not None:
+            columns = self._text_side(texts if isinstance(texts, Texts) else self.encode_text(texts))
+        count = 1 if columns is None else len(columns.embedding)
+        padded = jax.tree.map(lambda x: _filled(np.asarray(x), _power_of_two(count)), columns)
+        blocks = []
+        for pixels in self._pixels(images):
+            size = min(self._rows(len(pixels)), self._images_of_maps)
+            for start in range(0, len(pixels), size):
+                some = pixels[start : start + size]
+                blocks.append(np.asarray(self._maps(self.params, _filled(some, size), padded))[: len(some), :count])
+        if not blocks:
+            raise ConfigError("images: expected at least one, got none")
+        return np.concatenate(blocks)
+
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Writes what :func:`load` takes, and a model card to complete; see llip_jax.interop.pretrained.write."""
         pretrained.write(self._weights, folder, overwrite=overwrite)
@@ -280,6 +310,25 @@ class Model:
         from llip_jax.export import export  # which imports this module
 
         export(self, folder)
+
+    @cached_property
+    def _images_of_maps(self) -> int:
+        """Pictures whose maps are made at once: a power of two."""
+        fitting = _MAP_BYTES // map_bytes(abstract_model(self.computing))  # type: ignore[arg-type]
+        return 1 << max(fitting.bit_length() - 1, 0)
+
+    @cached_property
+    def _maps(self) -> Callable[[Any, UInt8[Array, "n H W 3"], TextSide | None], Float[Array, "n J height width"]]:
+        graph: nnx.GraphDef[Any] = nnx.split(abstract_model(self.computing), nnx.Param)[0]
+
+        @jax.jit
+        def function(params: Any, pixels: UInt8[Array, "n H W 3"], texts: TextSide | None) -> Array:
+            model: Any = nnx.merge(graph, params)
+            if texts is None:
+                return uncaptioned_maps(model, pixels)[:, None]
+            return caption_maps(model, pixels, texts)
+
+        return function
 
     def _rows(self, count: int) -> int:
         """Rows of a batch for so many inputs."""

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -123,6 +124,49 @@ def call_on_devices(function: Callable[[], Any], devices: int) -> Any:
     done = run(["-c", call], devices=devices)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.rpartition("RESULT")[2])
+
+
+_PROCESS = """
+import json, sys, jax
+jax.config.update("jax_num_cpu_devices", {devices})
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[1], {processes}, int(sys.argv[2]))
+import {module} as m
+print("RESULT" + json.dumps(m.{name}()))
+"""
+
+
+def call_on_processes(function: Callable[[], Any], processes: int, devices: int) -> list[Any]:
+    """What a function of a test module returns in each of several processes, each with so many devices, on one mesh."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    code = _PROCESS.format(
+        devices=devices, processes=processes, module=function.__module__, name=getattr(function, "__name__", "")
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, address, str(index)],
+            cwd=ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+    results = []
+    try:
+        for process in started:
+            out, err = process.communicate(timeout=240)
+            assert process.returncode == 0, err
+            results.append(json.loads(out.rpartition("RESULT")[2]))
+    finally:
+        # One that waits for another that has failed would wait for long.
+        for process in started:
+            process.kill()
+    return results
 
 
 def temporary_folder() -> Path:

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
-from run_helpers import call_on_devices, temporary_folder, tiny_config
+from run_helpers import call_on_devices, call_on_processes, temporary_folder, tiny_config
 
 from llip_jax.config import Config, ConfigError, MeshConfig
+from llip_jax.data.evaluation_sets import EvalSet
 from llip_jax.data.pipeline import build_tokenizer
 from llip_jax.data.records import Record
 from llip_jax.data.tokenizers import Tokenizer
@@ -80,11 +82,16 @@ def model_of(pooler: str = "mixer") -> tuple[nnx.GraphDef[Any], Any]:
     return graph, jax.tree.map(lambda x: x * 2 if x.ndim > 1 else x, nnx.to_pure_dict(params))
 
 
+def own_set(config: Config, source: Records) -> EvalSet:
+    return EvalSet("", source, None, config.data.label_field, None, None)
+
+
 def evaluate(config: Config, source: Records, devices: int = 1) -> dict[str, Any]:
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
     graph, params = model_of(config.model.pooler)
     with jax.set_mesh(mesh):
-        return Evaluator(config, graph, mesh, source, tokenizer())(params)
+        params = jax.device_put(jax.device_get(params), NamedSharding(mesh, PartitionSpec()))
+        return Evaluator(config, graph, mesh, own_set(config, source), tokenizer())(params)
 
 
 def one_by_one(config: Config, source: Records) -> tuple[np.ndarray, list[str], np.ndarray, list[str]]:
@@ -154,6 +161,24 @@ def test_devices_do_not_show() -> None:
     assert call_on_devices(evaluate_on_eight, devices=8) == expected()
 
 
+def evaluate_in_this_process() -> dict[str, Any]:
+    return evaluate(config_of(8), torn(), devices=4)
+
+
+def test_processes_do_not_show() -> None:
+    """Two processes of two devices: each decodes its rows alone, some of which cannot be read."""
+    alone = evaluate(config_of(8), torn())
+    assert alone["unreadable_images"] == 3
+    assert call_on_processes(evaluate_in_this_process, processes=2, devices=2) == [alone, alone]
+
+
+def torn() -> Records:
+    """19 images of which three cannot be read."""
+    gone = {0, 7, 18}
+    records = world().records
+    return Records([dataclasses.replace(r, image=b"torn") if i in gone else r for i, r in enumerate(records)])
+
+
 def png(pixels: np.ndarray) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
@@ -164,11 +189,8 @@ def test_unreadable_images_are_left_out_and_counted() -> None:
     records = [dataclasses.replace(record, image=png(record.image)) for record in world().records]
     assert evaluate(config_of(8), Records(records)) == expected(), "PNG files must give the same as pixels"
 
-    gone = {0, 7, 18}
-    broken = [dataclasses.replace(r, image=b"torn" if i in gone else r.image) for i, r in enumerate(records)]
-    results = evaluate(config_of(8), Records(broken))
-    rest = evaluate(config_of(8), Records([record for i, record in enumerate(records) if i not in gone]))
-    assert results == rest | {"unreadable_images": 3}
+    rest = evaluate(config_of(8), Records([record for i, record in enumerate(records) if i not in {0, 7, 18}]))
+    assert evaluate(config_of(8), torn()) == rest | {"unreadable_images": 3}
 
     with pytest.raises(ConfigError, match="none of the 19 images can be read"):
         evaluate(config_of(8), Records([dataclasses.replace(record, image=b"torn") for record in records]))
@@ -198,11 +220,11 @@ def test_one_evaluator_serves_many_parameters() -> None:
     other = jax.tree.map(lambda x: x + 0.05, params)
     seen: list[int] = []
     with jax.set_mesh(mesh):
-        evaluator = Evaluator(config, graph, mesh, world(), tokenizer())
+        evaluator = Evaluator(config, graph, mesh, own_set(config, world()), tokenizer())
         first = evaluator(params, seen.append)
-        assert evaluator(other) != first
-        assert evaluator(params) == first
-    assert sum(seen) == evaluator.images == IMAGES
+        assert evaluator(other, seen.append) != first
+        assert evaluator(params, seen.append) == first
+    assert sum(seen) == 3 * evaluator.work == 3 * (IMAGES + first["texts"] + 5 * 3)
 
 
 def test_without_classes() -> None:

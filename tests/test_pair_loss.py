@@ -9,11 +9,7 @@ import functools
 import itertools
 import json
 import math
-import os
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,7 +21,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from oracles import above, fast_to_compile, relative_error, tree_errors
-from run_helpers import ROOT, call_on_devices, run, tiny_config
+from run_helpers import call_on_devices, call_on_processes, run, tiny_config
 
 from llip_jax.config import ConfigError, MeshConfig, PairScoresConfig
 from llip_jax.objectives.losses import SigmoidLoss, SoftmaxLoss, Together
@@ -349,16 +345,6 @@ def test_every_mesh_gives_the_loss_of_one_device() -> None:
     assert [r for r in results if r["error"] > TOLERANCE] == []
 
 
-_PROCESS = """
-import sys, jax
-jax.config.update("jax_num_cpu_devices", 4)
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-import test_pair_loss
-print("RESULT" + str(test_pair_loss.error_of_this_process()))
-"""
-
-
 def error_of_this_process() -> float:
     """Against dense: the loss, and the pieces of the gradient that this process holds."""
     loss, ids = LOSSES["soft targets"], random_ids(13, DEVICES_SHAPE.n, DEVICES_SHAPE.c)
@@ -389,34 +375,7 @@ def error_of_this_process() -> float:
 
 def test_two_processes_of_four_devices_give_the_loss_of_one() -> None:
     """Measured: 1e-6."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _PROCESS, address, str(index)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        for process in processes:
-            out, err = process.communicate(timeout=240)
-            assert process.returncode == 0, err
-            assert float(out.rpartition("RESULT")[2]) < TOLERANCE
-    finally:
-        # One that waits for another that has failed would wait for long.
-        for process in processes:
-            process.kill()
+    assert max(call_on_processes(error_of_this_process, processes=2, devices=4)) < TOLERANCE
 
 
 # Memory and traffic, as the compiler sees them.

@@ -27,7 +27,7 @@ from llip_jax.data import pipeline
 from llip_jax.data.captions import choose_captions, generator
 from llip_jax.data.images import resize_for_eval, training_view
 from llip_jax.data.order import epochs
-from llip_jax.data.pipeline import RateLimit, build_tokenizer, eval_images, group_hash, read_patiently, train_batches
+from llip_jax.data.pipeline import RateLimit, build_tokenizer, eval_blocks, group_hash, read_patiently, train_batches
 from llip_jax.data.records import REASONS, Record
 from llip_jax.data.sources import Mixture, Part, build_source
 from llip_jax.data.tokenizers import ClipTokenizer
@@ -330,16 +330,38 @@ def test_batch_size_and_processes():
         batches(batch_size=9, process_count=2)
 
 
-@pytest.mark.parametrize(("batch_size", "threads"), [(4, 1), (5, 3), (100, 2)])
-def test_eval_images(batch_size, threads):
-    source = PictureSource(damaged=frozenset({0, 9}), missing=frozenset({22}))
-    result = list(eval_images(source, SIZE, batch_size, threads))
-    expected = [i for i in range(23) if i not in (0, 9, 22)]
-    assert np.concatenate([indices for _, indices in result]).tolist() == expected
-    assert [len(images) for images, _ in result[:-1]] == [batch_size] * (len(result) - 1)
-    images = np.concatenate([images for images, _ in result])
-    assert images.dtype == np.uint8
-    np.testing.assert_array_equal(images, np.stack([resize_for_eval(source.pixels(i), SIZE) for i in expected]))
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 2, 12, 23, 24, 25])
+def test_processes_share_the_evaluation_blocks(size, processes):
+    """Every sample once, in order, whatever the number of processes; the rest is padding."""
+    source = PictureSource(size, damaged=frozenset({0, 9} - {size - 1}), missing=frozenset({1, 22} - {size - 1}))
+    usable = [i for i in range(size) if i == size - 1 or i not in (0, 1, 9, 22)]
+    expected = np.zeros((-(-size // 12), 12, SIZE, SIZE, 3), np.uint8)
+    for i in usable:
+        expected[divmod(i, 12)] = resize_for_eval(source.pixels(i), SIZE)
+    parts = [list(eval_blocks(source, SIZE, 12, 3, LimitsConfig(), process, processes)) for process in range(processes)]
+    images, seen = (
+        np.stack(
+            [np.concatenate(rows) for rows in zip(*([block[column] for block in part] for part in parts), strict=True)]
+        )
+        for column in (0, 1)
+    )
+    assert images.dtype == np.uint8 and seen.dtype == bool
+    assert np.flatnonzero(seen).tolist() == usable
+    np.testing.assert_array_equal(images, expected)
+
+
+def test_evaluation_blocks_of_uneven_shares_are_refused():
+    assert list(eval_blocks(PictureSource(0), SIZE, 4, 1)) == []
+    with pytest.raises(ConfigError, match=r"eval.batch_size: 4 is not a multiple of the 3 processes"):
+        eval_blocks(PictureSource(), SIZE, 4, 1, process_count=3)
+
+
+def test_unreadable_evaluation_images_are_told_at_a_bounded_rate(caplog):
+    source = PictureSource(60, missing=frozenset(range(50)))
+    usable = np.concatenate([usable for _, usable in eval_blocks(source, SIZE, 16, 2)])
+    assert np.flatnonzero(usable).tolist() == list(range(50, 60))
+    assert 1 <= caplog.text.count("is left out: unreadable: no file for sample") <= 10
 
 
 def test_build_source(tmp_path):
@@ -396,7 +418,7 @@ DATA_MODULES = sorted(
     for path in (ROOT / "llip_jax" / "data").rglob("*.py")
     if path.name != "__init__.py"
 )
-WITH_GRAIN = ("order", "sources", "pipeline", "shards", "local", "beam")
+WITH_GRAIN = ("order", "sources", "evaluation_sets", "pipeline", "shards", "local", "beam")
 
 
 @pytest.mark.parametrize("module", DATA_MODULES)

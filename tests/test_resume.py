@@ -40,16 +40,16 @@ Recorder.add = add_and_signal
 
 SIGNAL_IN_EVALUATION = """
 from llip_jax.evaluation import evaluator
-eval_images = evaluator.eval_images
+eval_blocks = evaluator.eval_blocks
 evaluations = []
-def eval_images_and_signal(*arguments):
+def eval_blocks_and_signal(*arguments):
     evaluations.append(arguments)
-    for block in eval_images(*arguments):
+    for block in eval_blocks(*arguments):
         yield block
         if len(evaluations) == {evaluation}:
             os.kill(os.getpid(), signal.SIGTERM)
 # The last block's progress is reported before the generator goes on: let the signal come after the first block.
-evaluator.eval_images = eval_images_and_signal
+evaluator.eval_blocks = eval_blocks_and_signal
 """
 
 

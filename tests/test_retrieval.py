@@ -1,4 +1,4 @@
-"""Retrieval figures against every possible order of ties, and hand-made cases."""
+"""Retrieval figures against every possible order of ties, CLIP_benchmark's own, and hand-made cases."""
 
 from itertools import permutations
 
@@ -7,7 +7,8 @@ import pytest
 from jaxtyping import Bool, Float
 
 from llip_jax.evaluation import retrieval
-from llip_jax.evaluation.retrieval import positives_from_owners, recall_at_k
+from llip_jax.evaluation.figures import figures_of
+from llip_jax.evaluation.retrieval import positives_from_owners, recall_at_k, retrieve
 
 
 def brute_force(scores: Float[np.ndarray, "Q A"], positives: Bool[np.ndarray, "Q A"], ks: list[int]) -> list[float]:
@@ -22,6 +23,20 @@ def brute_force(scores: Float[np.ndarray, "Q A"], positives: Bool[np.ndarray, "Q
         ]
     )
     return [*(float(np.mean(ranks <= k)) for k in ks), float(np.median(ranks.mean(axis=1)))]
+
+
+def clip_benchmark_recalls(
+    scores: Float[np.ndarray, "N J"], positives: Bool[np.ndarray, "N J"], ks: list[int]
+) -> dict[str, float]:
+    """As clip_benchmark.metrics.zeroshot_retrieval.evaluate has it, under our names."""
+    torch = pytest.importorskip("torch")
+    recall = pytest.importorskip("clip_benchmark.metrics.zeroshot_retrieval").recall_at_k
+    by_image, positive = torch.from_numpy(scores.copy()), torch.from_numpy(positives.copy())
+    return {
+        f"{name}_recall_at_{k}": (recall(s, p, k) > 0).float().mean().item()
+        for name, s, p in (("image_to_text", by_image, positive), ("text_to_image", by_image.T, positive.T))
+        for k in ks
+    }
 
 
 def random_case(seed: int, images: int, texts: int) -> tuple[Float[np.ndarray, "N J"], Bool[np.ndarray, "N J"]]:
@@ -46,6 +61,48 @@ def test_equals_brute_force_over_all_tie_orders(seed: int) -> None:
             assert figures[f"{name}_recall_at_{k}_chance"] == pytest.approx(chance)
         assert figures[f"{name}_median_rank"] == pytest.approx(median_rank)
     assert len(figures) == 2 * (2 * len(ks) + 1)
+
+
+def test_equals_clip_benchmark_without_ties() -> None:
+    _, positives = random_case(5, images=40, texts=90)
+    positives &= np.random.default_rng(6).random(positives.shape) < 0.1
+    positives |= positives_from_owners(np.arange(90) % 40, images=40)
+    assert positives.sum(axis=0).max() > 1
+    scores = np.random.default_rng(7).permutation(40 * 90).reshape(40, 90).astype(np.float32)
+    figures = recall_at_k(scores, positives, ks=(1, 5, 10))
+    theirs = clip_benchmark_recalls(scores, positives, [1, 5, 10])
+    assert 0.01 < theirs["text_to_image_recall_at_1"] < theirs["image_to_text_recall_at_10"] < 0.99
+    assert {name: figures[name] for name in theirs} == pytest.approx(theirs)
+
+
+def test_is_the_mean_of_clip_benchmark_over_orders_of_ties() -> None:
+    """Theirs takes equal scores in some order: the mean over 300 random tiny changes that decide it."""
+    scores, positives = random_case(8, images=12, texts=18)
+    positives &= positives_from_owners(np.arange(18) % 12, images=12)
+    positives[np.arange(18) % 12, np.arange(18)] = True
+    rng = np.random.default_rng(9)
+    figures, runs = recall_at_k(scores, positives, ks=(1, 3)), []
+    for _ in range(300):
+        runs.append(clip_benchmark_recalls(scores + rng.random(scores.shape) / 2, positives, [1, 3]))
+    for name in runs[0]:
+        theirs = np.array([run[name] for run in runs])
+        assert theirs.std() > 0.02
+        assert figures[name] == pytest.approx(theirs.mean(), abs=5 * theirs.std() / np.sqrt(300))
+
+
+def test_outcomes_say_what_each_query_got() -> None:
+    scores = np.array([[9.0, 1.0, 2.0], [5.0, 4.0, 2.0]])
+    positives = np.array([[True, False, True], [False, True, True]])  # text 2 describes both images
+    figures, outcomes = retrieve(scores, positives, ks=(1,))
+    images, texts = outcomes["image_to_text_recall_at_1"], outcomes["text_to_image_recall_at_1"]
+    np.testing.assert_array_equal(images.values, [1, 0])
+    np.testing.assert_array_equal(images.unit, [0, 1])
+    np.testing.assert_allclose(images.chance, [2 / 3, 2 / 3])
+    np.testing.assert_array_equal(texts.values, [1, 1, 1])
+    np.testing.assert_array_equal(texts.unit, [0, 1, 0])
+    np.testing.assert_allclose(texts.chance, [1 / 2, 1 / 2, 1])
+    assert figures_of(outcomes).items() <= figures.items()
+    assert figures == recall_at_k(scores, positives, ks=(1,))
 
 
 def test_by_hand() -> None:

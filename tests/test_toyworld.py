@@ -552,3 +552,54 @@ def test_evaluation_is_clean(seed):
 def test_a_world_of_one_sample_has_noise_too(seed):
     record = make_world(seed=seed, train_size=1, caption_noise=1.0, duplicates=0.9)[0]
     assert record.fields["scene"] == 0 and set(record.fields["caption_scenes"]) == {1}
+
+
+# Choices
+
+
+def differences(one, other):
+    """Aspects in which the readings of two captions differ; background and phrases in the same order."""
+    assert len(one[1]) == len(other[1])
+    found = ["background"] if one[0] != other[0] else []
+    for (left, _), (right, _) in zip(one[1], other[1], strict=True):
+        assert left.keys() == right.keys()
+        found += [aspect for aspect in left if left[aspect] != right[aspect]]
+    return found
+
+
+@pytest.mark.parametrize("aspects", [(1, 6), (1, 1), (7, 7)])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_of_the_choices_only_the_first_is_true(groups, aspects, seed):
+    world = make_world("eval", seed=seed, groups=groups, aspects=aspects, eval_size=150)
+    changed, same_words, total = Counter(), 0, 0
+    for i in range(150):
+        scene, fields = world.scene(i), world[i].fields
+        true, *false = fields["choices"]
+        background, phrases = read_caption(true)
+        mentioned = {aspect for found, _ in phrases for aspect in found} | ({"background"} if background else set())
+        check_caption(true, scene, mentioned)
+        assert aspects[0] <= len(mentioned) <= aspects[1] and 1 <= len(false) <= min(4, len(mentioned))
+        assert len(set(fields["choices"])) == 1 + len(false) == 1 + len(set(fields["choice_aspects"]))
+        for text, aspect in zip(false, fields["choice_aspects"], strict=True):
+            with pytest.raises(AssertionError):
+                check_caption(text, scene, mentioned)
+            assert differences(read_caption(true), read_caption(text)) == [aspect]
+            changed[aspect] += 1
+            position_words = {"at", "in", "the", "top", "upper", "bottom", "lower", "left", "right", "center", "middle"}
+            numbers = {"is", "are"}  # and articles, plurals
+            unlike = (Counter(true.split()) - Counter(text.split())).keys() - numbers - position_words
+            same_words += len(unlike) <= 1 or aspect == "count"
+            total += 1
+    assert set(changed) == set(ASPECTS)
+    assert same_words > 0.9 * total
+
+
+def test_choices_are_of_the_evaluation_split_only(seed):
+    assert "choices" in make_world("eval", seed=seed)[0].fields
+    assert "choices" not in make_world("train", seed=seed)[0].fields
+
+
+def test_fields_of_the_first_group(seed):
+    fields = make_world(seed=seed, groups=2)[0].fields
+    assert {name: fields[name] for name in fields["groups"][0]} == fields["groups"][0]
+    assert fields["class_name"] == f"{fields['colour']} {fields['shape']}"

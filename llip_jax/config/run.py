@@ -125,7 +125,7 @@ class CheckpointConfig:
 
 
 Scorer = Literal["mean_text", "mean_score", "max_score", "attributes"]
-Task = Literal["zero_shot", "retrieval", "choice", "knn", "linear_probe", "diagnostics", "exhibits"]
+Task = Literal["zero_shot", "retrieval", "choice", "knn", "linear_probe", "diagnostics", "inversion", "exhibits"]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -27,11 +27,13 @@ class RowsSource:
         rows: the format.
         fields: which columns hold image and captions; both are named here.
         limits: what a sample may be.
+        captionless: whether samples without captions are records too, as in classification.
     """
 
     rows: Rows
     fields: FieldsConfig
     limits: LimitsConfig
+    captionless: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -39,7 +41,7 @@ class RowsSource:
     def __getitem__(self, index: int) -> Record:
         """See :class:`llip_jax.data.records.Source`."""
         name, columns = self.rows[index]
-        return make_record(name, columns, self.fields, self.limits)
+        return make_record(name, columns, self.fields, self.limits, captionless=self.captionless)
 
     def identity(self) -> Mapping[str, str]:
         """That of the rows."""
@@ -73,16 +75,19 @@ class RowsSource:
                 )
 
 
-def make_record(name: str, columns: Mapping[str, Any], fields: FieldsConfig, limits: LimitsConfig) -> Record:
+def make_record(
+    name: str, columns: Mapping[str, Any], fields: FieldsConfig, limits: LimitsConfig, *, captionless: bool = False
+) -> Record:
     """The record of one sample.
 
-    Captions that cannot be used (empty, not text, not UTF-8) and repetitions are left out as long as one remains.
+    Captions that cannot be used (empty, not text, not UTF-8) and repetitions are left out as long as one remains, or,
+    of ``captionless`` samples, in any case.
 
     Raises:
-        BadSample: no image, no usable caption, or metadata that cannot be read.
+        BadSample: no image, no usable caption (unless ``captionless``), or metadata that cannot be read.
     """
     image = _image(name, columns, fields, limits)
-    captions, kinds = _captions(name, columns, fields)
+    captions, kinds = _captions(name, columns, fields, captionless)
     duplicate = None if fields.duplicate is None else lookup(name, columns, fields.duplicate)
     used = {*fields.image, *fields.captions}
     return Record(
@@ -141,7 +146,9 @@ def _image(name: str, columns: Mapping[str, Any], fields: FieldsConfig, limits: 
     raise BadSample("missing_image", f"{name}: no image in {' or '.join(map(repr, fields.image))}")
 
 
-def _captions(name: str, columns: Mapping[str, Any], fields: FieldsConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _captions(
+    name: str, columns: Mapping[str, Any], fields: FieldsConfig, captionless: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Usable captions, each once, and the column that each comes from."""
     found: dict[str, str] = {}
     problem: BadSample | None = None
@@ -151,7 +158,7 @@ def _captions(name: str, columns: Mapping[str, Any], fields: FieldsConfig) -> tu
                 found.setdefault(_caption(name, value), path)
             except BadSample as error:
                 problem = problem or error
-    if not found:
+    if not found and not captionless:
         raise problem or BadSample("missing_caption", f"{name}: no caption in {', '.join(map(repr, fields.captions))}")
     return tuple(found), tuple(found.values())
 

@@ -85,6 +85,16 @@ def find_files(pattern: str, field: str, within: str = "*") -> tuple[StoredFile,
     return tuple(found)
 
 
+def files_in(folder: str, field: str) -> dict[str, StoredFile]:
+    """The files directly in a folder, by name; none where there is no such folder.
+
+    Raises:
+        ConfigError: it cannot be listed.
+    """
+    entries = _Listings(field).entries(*filesystem(folder, field))
+    return {name: file for name, file in entries.items() if file is not None}
+
+
 def filesystem(url: str, field: str) -> tuple[Any, str]:
     """The fsspec file system of a path or URL, and the path as that calls it.
 
@@ -169,7 +179,7 @@ class _Listings:
             if _is_glob(name):
                 found += self._matching(storage, place, name)
                 continue
-            entries = self._entries(storage, place)
+            entries = self.entries(storage, place)
             entry = entries.get(name)
             if entry is not None:
                 found.append(entry)
@@ -183,7 +193,7 @@ class _Listings:
         folder, _, name = path.rpartition("/")
         if _is_glob(folder):
             return ""
-        names = list(self._entries(storage, folder))
+        names = list(self.entries(storage, folder))
         if not names:
             return f" There is nothing in {folder!r}."
         return f" The nearest name there is {difflib.get_close_matches(name, names, n=1, cutoff=0)[0]!r}."
@@ -195,15 +205,15 @@ class _Listings:
             return
         parent, _, name = folder.rpartition("/")
         for place in self._expand(storage, parent):
-            entries = self._entries(storage, place)
+            entries = self.entries(storage, place)
             names = (name,) if not _is_glob(name) else _select(entries, name)
             yield from (f"{place}/{name}" for name in names if name in entries and entries[name] is None)
 
     def _matching(self, storage: Any, folder: str, glob: str) -> list[StoredFile]:
-        entries = self._entries(storage, folder)
+        entries = self.entries(storage, folder)
         return [file for name in _select(entries, glob) if (file := entries[name]) is not None]
 
-    def _entries(self, storage: Any, folder: str) -> dict[str, StoredFile | None]:
+    def entries(self, storage: Any, folder: str) -> dict[str, StoredFile | None]:
         if (storage, folder) not in self._folders:
             try:
                 entries = _local_entries(folder) if isinstance(storage, LocalFileSystem) else _entries(storage, folder)

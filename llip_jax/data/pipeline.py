@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 
 from llip_jax.config import ConfigError, DataConfig, LimitsConfig, TokenizerConfig, nearest
 from llip_jax.data.captions import Choice, choose_captions, generator
@@ -322,26 +322,43 @@ def train_batches(
     return iter(batches)
 
 
-def eval_images(
-    source: Source, image_size: int, batch_size: int, threads: int, limits: LimitsConfig = LimitsConfig()
-) -> Iterator[tuple[UInt8[np.ndarray, "b H W 3"], Int[np.ndarray, " b"]]]:
-    """Images of all records in order, whole and centred, with their indices in the source.
+def eval_blocks(
+    source: Source,
+    image_size: int,
+    batch_size: int,
+    threads: int,
+    limits: LimitsConfig = LimitsConfig(),
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[tuple[UInt8[np.ndarray, "b H W 3"], Bool[np.ndarray, " b"]]]:
+    """Images of all records, whole and centred, in blocks on a fixed grid, each with whether it can be used.
 
-    Images that cannot be used are left out, so their number is ``len(source)`` less the indices seen. The last batch
-    may be smaller. Decoding runs ahead by one batch in ``threads`` threads.
+    Block i holds the samples from i * ``batch_size`` on; process p of P decodes the rows p b up to and without
+    (p + 1) b of every block, where b = ``batch_size`` / P. Images that cannot be used, and rows beyond the last sample,
+    are zeros and False, so every process yields the same number of blocks. Decoding runs ahead by about one block in
+    ``threads`` threads.
+
+    Raises:
+        ConfigError: ``batch_size`` is not a multiple of ``process_count``.
     """
+    if batch_size % process_count:
+        raise ConfigError(f"eval.batch_size: {batch_size} is not a multiple of the {process_count} processes")
+    local = batch_size // process_count
+    blocks = -(-len(source) // batch_size)
     log = RateLimit(_LOGGED_AT_ONCE, _LOG_EVERY_S, time.monotonic)
 
-    def read(index: int) -> tuple[np.ndarray, np.ndarray] | None:
-        try:
-            image = source[index].image
-            pixels = open_picture(image, limits).decode(1.0) if isinstance(image, bytes) else image
-        except (BadSample, OSError) as error:
-            if log.admit() is not None:
-                _logger.warning("sample %d is left out: %s: %s", index, reason_of(error), error)
-            return None
-        return resize_for_eval(pixels, image_size), np.array(index, np.int64)
+    def read(row: int) -> tuple[np.ndarray, np.bool_]:
+        block, offset = divmod(row, local)
+        index = block * batch_size + process_index * local + offset
+        if index < len(source):
+            try:
+                image = source[index].image
+                pixels = open_picture(image, limits).decode(1.0) if isinstance(image, bytes) else image
+                return resize_for_eval(pixels, image_size), np.True_
+            except (BadSample, OSError) as error:
+                if log.admit() is not None:
+                    _logger.warning("sample %d is left out: %s: %s", index, reason_of(error), error)
+        return np.zeros((image_size, image_size, 3), np.uint8), np.False_
 
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, batch_size))
-    # Grain leaves out elements that are None.
-    return iter(grain.MapDataset.range(len(source)).map(read).to_iter_dataset(ahead).batch(batch_size))
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, local))
+    return iter(grain.MapDataset.range(blocks * local).map(read).to_iter_dataset(ahead).batch(local))

@@ -42,7 +42,7 @@ class Record:
     """One image with its captions.
 
     image: encoded file contents (PNG, JPEG, WebP, ...) or decoded RGB pixels.
-    captions: at least one non-empty string.
+    captions: non-empty strings; at least one, but for evaluation sets that are for classification only.
     kinds: for each caption the column it comes from ("txt", "rewrites", ...), which caption rules refer to.
     specific: how many leading captions are specific to the image; the rest are weak (keywords).
     image_group: equal for identical pictures, so that they need not count as each other's negatives.

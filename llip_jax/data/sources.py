@@ -15,6 +15,7 @@ from llip_jax.config import CaptionRules, ConfigError, DataConfig, FieldsConfig,
 from llip_jax.data.fields import RowsSource
 from llip_jax.data.files import StoredFile, find_files
 from llip_jax.data.formats.array_records import ArrayRecordRows, ArrayRecordSource
+from llip_jax.data.formats.clip_benchmark import ClipBenchmarkRows
 from llip_jax.data.formats.folder import FolderSource
 from llip_jax.data.formats.parquet import ParquetRows
 from llip_jax.data.formats.tars import TarRows
@@ -30,9 +31,11 @@ USUAL_FIELDS = {
         image=("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"), captions=("txt",)
     ),
     "parquet": FieldsConfig(image=("image", "jpg", "png", "webp"), captions=("caption", "captions", "text", "txt")),
+    "clip_benchmark": FieldsConfig(image=("webp", "png", "jpg", "jpeg"), captions=("txt",)),
     "tfds": FieldsConfig(image=("image",), captions=("caption", "captions.text", "captions", "text")),
 }
-"""Columns where ``data.fields`` names none: img2dataset's, Hugging Face's and TensorFlow Datasets' habits."""
+"""Columns where ``data.fields`` names none: the habits of img2dataset, Hugging Face, CLIP_benchmark and TensorFlow
+Datasets."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def build_source(config: DataConfig, split: Split, image_size: int) -> Mixture:
         ConfigError: data that is missing or not as expected.
     """
     if not config.mixture:
-        source = _build(config, config, split, image_size, "data")
+        source = build_one_source(config, config, split, image_size, "data")
         _check_kinds(config.captions, [source], "data.captions")
         return Mixture((Part("", source, 1.0, config.captions),))
     parts = []
@@ -141,7 +144,7 @@ def build_source(config: DataConfig, split: Split, image_size: int) -> Mixture:
         if not part.path and part.source != "toyworld":
             others = [other for other in config.mixture if other != name]
             raise ConfigError(f"{field}: has no path. Is the name misspelled?{nearest(name, others)}")
-        source = _build(part, config, split, image_size, field)
+        source = build_one_source(part, config, split, image_size, field)
         if part.captions is not None:
             _check_kinds(part.captions, [source], f"{field}.captions")
         parts.append(Part(name, source, part.weight, part.captions or config.captions))
@@ -171,11 +174,28 @@ def _check_kinds(rules: CaptionRules, sources: Sequence[Source], field: str) -> 
                 raise ConfigError(f"{field}.{setting}: no captions come from a column {kind!r}.{nearest(kind, known)}")
 
 
-def _build(config: SourceConfig, data: DataConfig, split: Split, image_size: int, field: str) -> Source:
-    """One source; ``field`` is what the configuration calls it."""
+def build_one_source(
+    config: SourceConfig, data: DataConfig, split: Split, image_size: int, field: str, *, whole: bool = False
+) -> Source:
+    """The source that ``config`` names.
+
+    Args:
+        config: the source.
+        data: limits, and where indices of tar shards are kept.
+        split: which samples.
+        image_size: of generated pictures.
+        field: what the configuration calls the source.
+        whole: for evaluation sets: none of the samples at ``path`` is held out, and samples may lack captions unless
+            ``config.fields`` says where they are. Formats with splits of their own still give that of ``split``.
+
+    Raises:
+        ConfigError: data that is missing or not as expected.
+    """
     if config.source == "toyworld":
         return ToyWorld(config.toyworld, split, image_size)
-    own_files = split == "eval" and config.eval_path != ""
+    own_files = split == "eval" and config.eval_path != "" and not whole
+    hold_out = not config.eval_path and not whole
+    captionless = whole and not config.fields.captions
     path, path_field = (config.eval_path, f"{field}.eval_path") if own_files else (config.path, f"{field}.path")
     if not path:
         raise ConfigError(f"{path_field}: is empty, expected {_EXPECTED[config.source]}")
@@ -187,7 +207,8 @@ def _build(config: SourceConfig, data: DataConfig, split: Split, image_size: int
             config.fields,
             data.limits,
             field=path_field,
-            hold_out=not config.eval_path,
+            hold_out=hold_out,
+            captionless=captionless,
         )
     if config.source == "array_record":
         files = _shards(path, path_field, "array_record")
@@ -198,9 +219,16 @@ def _build(config: SourceConfig, data: DataConfig, split: Split, image_size: int
         fields = dataclasses.replace(
             config.fields, image=config.fields.image or usual.image, captions=config.fields.captions or usual.captions
         )
-        source = RowsSource(rows, fields, data.limits)
+        if isinstance(rows, ClipBenchmarkRows):
+            if rows.kind != "retrieval" and not whole:
+                raise ConfigError(
+                    f"{path_field}: {path!r} is a {rows.kind} set, which has no captions to train on; name it in "
+                    "eval.sets, or a retrieval set here"
+                )
+            captionless = rows.kind != "retrieval"
+        source = RowsSource(rows, fields, data.limits, captionless)
         source.check(field)
-    if config.source != "tfds" and not config.eval_path:
+    if config.source not in ("tfds", "clip_benchmark") and hold_out:
         source = HeldOut(source, config.eval_samples, split)
     if not len(source):
         raise ConfigError(f"{path_field}: {path!r} has no sample for the {split} split")
@@ -216,6 +244,7 @@ _EXPECTED = {
     "parquet": "Parquet files, such as 'data/train-*.parquet'",
     "array_record": "ArrayRecord shards, such as 'data/train-*.array_record'",
     "tfds": "the name of a data set, such as 'coco_captions'",
+    "clip_benchmark": "the folder of a data set that clip_benchmark_export_wds wrote",
 }
 
 
@@ -223,10 +252,11 @@ def _rows(config: SourceConfig, data: DataConfig, path: str, field: str, split: 
     if config.source == "tfds":
         name = config.tfds.train_split if split == "train" else config.tfds.eval_split
         return TfdsRows(path, name, config.tfds.data_dir, config.fields.image or USUAL_FIELDS["tfds"].image, field)
+    index_dir = Path(data.index_dir) if data.index_dir else _cache_folder() / "tars"
+    if config.source == "clip_benchmark":
+        return ClipBenchmarkRows(path, "train" if split == "train" else "test", index_dir, field)
     files = _shards(path, field, _SUFFIX[config.source])
-    if config.source == "parquet":
-        return ParquetRows(files, field)
-    return TarRows(files, Path(data.index_dir) if data.index_dir else _cache_folder() / "tars")
+    return ParquetRows(files, field) if config.source == "parquet" else TarRows(files, index_dir)
 
 
 def _shards(path: str, field: str, suffix: str) -> tuple[StoredFile, ...]:

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 
 from llip_jax.config import ConfigError, ToyWorldConfig
 from llip_jax.data.records import Record
-from llip_jax.data.toyworld_captions import ASPECTS, describe
+from llip_jax.data.toyworld_captions import ASPECTS, describe, distract
 from llip_jax.data.toyworld_render import (
     COLOURS,
     COUNTS,
@@ -45,9 +45,11 @@ class ToyWorld:
     that evaluation stays a clean measure of what they do.
 
     The fields of a record: ``groups`` (a tuple with a dictionary of shape, colour, size, texture, count and position
-    for each group), ``background``, ``boxes`` [n, 4] and ``entities`` [n] (see Scene), ``label`` (index into
-    ``classes()``), ``scene`` (number of the scene shown), and for each caption ``caption_scenes`` (number of the scene
-    it was written for: another one where it is noise) and ``caption_aspects`` (what it mentions).
+    for each group), the same of the first group as fields of their own, ``background``, ``boxes`` [n, 4] and
+    ``entities`` [n] (see Scene), ``label`` (index into ``classes()``), ``scene`` (number of the scene shown), and for
+    each caption ``caption_scenes`` (number of the scene it was written for: another one where it is noise) and
+    ``caption_aspects`` (what it mentions). Evaluation adds ``choices`` (a true caption, then false ones) and
+    ``choice_aspects`` (of each false one the aspect in which it differs from the true one).
     """
 
     def __init__(self, config: ToyWorldConfig, split: Literal["train", "eval"], image_size: int) -> None:
@@ -72,6 +74,7 @@ class ToyWorld:
         scene = self._draw_scene(number)
         image = self._draw_picture(scene, number)
         captions = self._write_captions(index, number, scene)
+        class_name = self.classes()[class_id(scene.groups[0])]
         return Record(
             image=image,
             captions=tuple(caption.text for caption in captions),
@@ -80,16 +83,18 @@ class ToyWorld:
             image_group=_digest(image.tobytes()),
             name=f"toyworld/{self.split}/{index}",
             fields={
+                **vars(scene.groups[0]),
                 "groups": tuple(dict(vars(group)) for group in scene.groups),
                 "background": scene.background,
                 "boxes": scene.boxes,
                 "entities": scene.entities,
                 "label": class_id(scene.groups[0]),
-                "class_name": self.classes()[class_id(scene.groups[0])],
-                "scene_name": f"{self.classes()[class_id(scene.groups[0])]} on a {scene.background} background",
+                "class_name": class_name,
+                "scene_name": f"{class_name} on a {scene.background} background",
                 "scene": number,
                 "caption_scenes": tuple(caption.scene for caption in captions),
                 "caption_aspects": tuple(caption.aspects for caption in captions),
+                **(self._write_choices(index, scene) if self.split == "eval" else {}),
             },
         )
 
@@ -175,6 +180,14 @@ class ToyWorld:
                     break
             captions.append(_Caption(text, source, aspects))
         return captions
+
+    def _write_choices(self, index: int, scene: Scene) -> dict[str, tuple[str, ...]]:
+        rng = self._stream("choices", index)
+        false: dict[str, str] = {}
+        while not false:  # A caption of sizes alone may have no false variant.
+            aspects = rng.sample(ASPECTS, rng.randint(*self.config.aspects))
+            true, false = distract(scene, aspects, rng.getrandbits(64))
+        return {"choices": (true, *false.values()), "choice_aspects": tuple(false)}
 
 
 def _digest(data: bytes) -> str:

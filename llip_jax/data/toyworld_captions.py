@@ -1,7 +1,9 @@
 """A small grammar that writes true English captions of ToyWorld scenes."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from random import Random
+from typing import Any
 
 from llip_jax.data.toyworld_render import Group, Scene
 
@@ -44,10 +46,23 @@ POSITION_PHRASES = {
     "bottom right": ("at the bottom right", "in the lower right"),
     "center": ("in the center", "in the middle"),
 }
+_WORDS: Mapping[str, Mapping[Any, Sequence[str]]] = {
+    "shape": SHAPE_WORDS,
+    "colour": COLOUR_WORDS,
+    "size": SIZE_WORDS,
+    "texture": TEXTURE_WORDS,
+    "count": COUNT_WORDS,
+    "position": POSITION_PHRASES,
+    "background": COLOUR_WORDS,
+}
+_TELLING = {"shape", "colour", "position"}
+"""Aspects in which groups of a scene differ."""
+
 BACKGROUND_PREPOSITIONS = ("on", "against")
 GENERIC_NOUNS = ("shape", "object", "figure")
 BACKGROUND_ONLY = ("{} background", "{} backdrop")
 PICTURE_OPENINGS = ("a picture of", "an image of", "a drawing of")
+MOST_FALSE = 4
 USUAL = 0.7
 """Chance of the usual word where there are others."""
 
@@ -79,6 +94,55 @@ def describe(scene: Scene, aspects: Collection[str], rng: Random) -> str:
     if style < 0.6:
         phrases = f"{rng.choice(PICTURE_OPENINGS)} {phrases}"
     return _with_setting(phrases, setting, first=False)
+
+
+def distract(scene: Scene, aspects: Sequence[str], seed: int) -> tuple[str, dict[str, str]]:
+    """A true caption of the scene, and up to ``MOST_FALSE`` false ones that differ from it in one of the aspects each.
+
+    Args:
+        scene: what is described.
+        aspects: what the captions mention.
+        seed: of everything that is drawn.
+
+    Returns:
+        The true caption, and false ones by the aspect that is wrong. Sizes are left out where a change might be true of
+        another group ("a small shape" beside a large one).
+    """
+    true, rng = describe(scene, aspects, Random(seed)), Random(f"distract {seed}")
+    false: dict[str, str] = {}
+    for aspect in aspects:
+        if len(false) == MOST_FALSE:
+            break
+        # Changes of groups that the caption does not speak of leave it as it is.
+        texts = (describe(changed, aspects, Random(seed)) for changed in _changed(scene, aspect, aspects, rng))
+        if (text := next((text for text in texts if text != true), None)) is not None:
+            false[aspect] = text
+    return true, false
+
+
+def _changed(scene: Scene, aspect: str, mentioned: Collection[str], rng: Random) -> Iterator[Scene]:
+    """The scene with another background, or each of its groups with another value of the aspect that none of them has.
+
+    Values with as many words to choose from come first: with them, captions keep all other words.
+    """
+    colours = {scene.background, *(group.colour for group in scene.groups)}
+    for group in [None] if aspect == "background" else rng.sample(scene.groups, len(scene.groups)):
+        own = scene.background if group is None else getattr(group, aspect)
+        taken = colours if aspect in ("colour", "background") else {getattr(other, aspect) for other in scene.groups}
+        if aspect == "size" and not _TELLING.isdisjoint(mentioned):
+            taken = {own}  # It is clear of which group the caption speaks.
+        if aspect == "position" and len(scene.groups) > 1:
+            taken.add("center")  # which no scene of several groups has
+        words = _WORDS[aspect]
+        values = [value for value in words if value not in taken]
+        if not values:
+            continue
+        value = rng.choice([v for v in values if len(words[v]) == len(words[own])] or values)
+        if group is None:
+            yield replace(scene, background=value)
+        else:
+            groups = tuple(replace(group, **{aspect: value}) if other is group else other for other in scene.groups)
+            yield replace(scene, groups=groups)
 
 
 def _statement(group: Group, aspects: Collection[str], rng: Random) -> str:

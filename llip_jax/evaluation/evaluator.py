@@ -1,194 +1,291 @@
-"""Zero-shot classification and retrieval of a model on a source, with text-conditioned scores throughout."""
+"""One pass of a model over an evaluation set, with text-conditioned scores throughout."""
 
-import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from llip_jax.config import Config, ConfigError, nearest
-from llip_jax.data.fields import lookup
-from llip_jax.data.pipeline import eval_images
-from llip_jax.data.records import BadSample, Record, Source
+from llip_jax.config import Config, ConfigError, Task
+from llip_jax.data.evaluation_sets import EvalSet
+from llip_jax.data.pipeline import eval_blocks
+from llip_jax.data.records import Source
 from llip_jax.data.tokenizers import Tokenizer
-from llip_jax.evaluation.classes import ClassSpec
-from llip_jax.evaluation.classification import accuracy
-from llip_jax.evaluation.retrieval import recall_at_k
-from llip_jax.evaluation.scorers import mean_text
-from llip_jax.evaluation.scoring import Progress, score_blocks
-from llip_jax.evaluation.two_stage import shortlist, two_stage_figures
-from llip_jax.ops.pair_scores import ImageSide, TextSide
+from llip_jax.evaluation.annotations import annotate, training_labels
+from llip_jax.evaluation.reading import Annotation, Labelled, Own, Reading
+from llip_jax.evaluation.scorers import SCORERS, mean_text
+from llip_jax.evaluation.scoring import Progress, own_scores, score_blocks, to_all_devices
+from llip_jax.evaluation.tasks import run_tasks
+from llip_jax.evaluation.texts import texts_of
+from llip_jax.ops.pair_scores import ImageSide, TextSide, normalize
 from llip_jax.parallel.mesh import batch_shards
 from llip_jax.parallel.sharding import batch_sharding
 
 
-class Evaluator:
-    """Evaluates parameters on one source; compiles once and is called as often as wanted.
+EMBEDDINGS = ("unconditioned", "tower", "patches")
+"""Of an image; see ``Reading.embeddings``."""
 
-    Every image is scored against every distinct specific caption of the source, and against the class texts where the
-    source names classes. Blocks are padded to one shape, so that nothing recompiles; padding is cut off the results.
-    With eval.shortlist, retrieval is reported in two stages too: shortlists by the unconditioned image embedding, which
-    knows no text, then exact scores of the pairs on them. Those being at hand, the second stage costs nothing here.
 
-    Raises:
-        ConfigError: eval.batch_size does not divide over the mesh, a record lacks data.label_field, or no record can be
-            read.
+class _Block(NamedTuple):
+    """What the model made of the usable images of one block, on the host.
+
+    rows: their indices in the source.
+    captions: cosines with every caption.
+    classes: class scores by scorer.
+    own: OwnScores with texts of their own, by name.
     """
 
-    def __init__(self, config: Config, graph: nnx.GraphDef[Any], mesh: Mesh, source: Source, tokenizer: Tokenizer):
+    rows: Int[np.ndarray, "n"]
+    captions: Float[np.ndarray, "n J"]
+    classes: dict[str, Float[np.ndarray, "n C"]]
+    embeddings: dict[str, Float[np.ndarray, "n _"]]
+    own: dict[str, Any]
+
+
+class _Columns(NamedTuple):
+    """What images are scored with, None for nothing; and which of it are captions, class means, class texts."""
+
+    side: TextSide | None
+    parts: dict[str, slice]
+
+
+class Evaluator:
+    """Evaluates parameters on one set; compiles once and is called as often as wanted.
+
+    Every image is scored against every distinct specific caption of the set, and against the texts of its classes.
+    Blocks cover fixed positions of the set and have one shape, so that nothing recompiles and every process decodes its
+    own rows only; what fills them up is cut off the results.
+
+    Args:
+        tasks: what is done; None: ``eval.tasks``.
+
+    Raises:
+        ConfigError: eval.batch_size does not divide over the mesh, or the set's annotations cannot be used (annotate).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        graph: nnx.GraphDef[Any],
+        mesh: Mesh,
+        eval_set: EvalSet,
+        tokenizer: Tokenizer,
+        tasks: Sequence[Task] | None = None,
+    ):
         shards = batch_shards(mesh)
         if config.eval.batch_size % shards:
             raise ConfigError(
                 f"eval.batch_size={config.eval.batch_size} does not divide over the {shards} devices of "
                 "mesh.data x mesh.fsdp"
             )
-        self._config, self._source, self._tokenizer = config, source, tokenizer
-        self._texts, self._captions, self._labels = self._annotations()
-        if not self._texts:
-            raise ConfigError(f"evaluation: none of the {len(source)} images can be read{self._first_problem}")
+        self._config, self._tokenizer, self._set = config, tokenizer, eval_set
+        self._tasks = frozenset(config.eval.tasks if tasks is None else tasks)
+        own = config.eval.sets[eval_set.name] if eval_set.name else config.eval
+        self._field = f"eval.sets.{eval_set.name}" if eval_set.name else "eval"
+        self._known = annotate(eval_set, own, config.eval.templates, self._field)
+        self._texts = texts_of(self._known, self._tasks)
+        self._train = None
+        if self._tasks & {"knn", "linear_probe"} and self._known.classes is not None and not self._known.multi_label:
+            self._train = training_labels(eval_set, self._known.classes, config.eval.probe_images)
         self._rows, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
-        def image_side(params: Any, images: Array) -> tuple[ImageSide, Float[Array, "n d"]]:
+        def images_of(params: Any, images: UInt8[Array, "n H W 3"]) -> tuple[ImageSide, dict[str, Float[Array, "n _"]]]:
             model = nnx.merge(graph, params)
             output = model.encode_images(images)
-            return model.image_side(output), model.unconditioned_embedding(output)
+            of_class_token = config.model.pooler in ("class_token", "registers")
+            embeddings = {
+                "unconditioned": model.unconditioned_embedding(output),
+                "tower": output.mixture[:, 0] if of_class_token else output.mixture.mean(axis=1),
+                "patches": output.patches.mean(axis=1),
+            }
+            return model.image_side(output), jax.tree.map(lambda x: x.astype(jnp.float32), embeddings)
 
-        def text_side(params: Any, tokens: Array, mask: Array) -> TextSide:
-            return nnx.merge(graph, params).text_side(tokens, mask)
+        def texts_of_block(params: Any, tokens: Int[Array, "n L"], mask: Int[Array, "n L"]) -> TextSide:
+            side = nnx.merge(graph, params).text_side(tokens, mask)
+            return side._replace(embedding=normalize(side.embedding))
 
-        self._image_side = jax.jit(image_side, out_shardings=(None, whole))
-        self._text_side = jax.jit(text_side, out_shardings=whole)
+        # What goes to the host is gathered onto every device; image sides stay divided.
+        self._images_of = jax.jit(images_of, out_shardings=(None, whole))
+        self._texts_of = jax.jit(texts_of_block, out_shardings=whole)
+        self._own_scores = jax.jit(own_scores, out_shardings=whole)
+        self._gathered = jax.jit(lambda x: x, out_shardings=whole)
 
     @property
-    def images(self) -> int:
-        """Images of the source."""
-        return len(self._source)
+    def work(self) -> int:
+        """What a pass reports to ``progress`` in all: images and texts that go through the towers."""
+        train = 0 if self._train is None else len(self._train.source)
+        return len(self._set.source) + train + len(self._texts.listed)
 
     def __call__(self, params: Any, progress: Progress = lambda _: None) -> dict[str, Any]:
         """Figures by task, each with its chance level beside it.
 
         Raises:
-            ConfigError: no image of the source can be read.
+            ConfigError: no image of the set can be read.
         """
-        texts, captions, labels = self._texts, self._captions, self._labels
-        classes = None if labels is None else self._classes(labels)
-        columns = self._columns(params, classes)
-        scores, unconditioned, kept = self._score_images(params, columns, progress)
-        column = {text: j for j, text in enumerate(texts)}
-        positives = np.zeros((len(kept), len(texts)), bool)
-        for row, index in enumerate(kept):
-            positives[row, [column[text] for text in captions[index]]] = True
-        # A text whose only image could not be read has no positive left.
-        answerable = positives.any(axis=0)
-        caption_scores, positives = scores[:, : len(texts)][:, answerable], positives[:, answerable]
-        results: dict[str, Any] = {
-            "images": len(kept),
-            "unreadable_images": len(captions) - len(kept),
-            "texts": int(answerable.sum()),
-            "retrieval": recall_at_k(caption_scores, positives),
-        }
-        if self._config.eval.shortlist is not None:
-            embedding = columns.embedding[: len(texts)][answerable]
-            listed = shortlist(unconditioned, embedding, self._config.eval.shortlist)
-            results["two_stage"] = two_stage_figures(caption_scores, positives, listed)
-        if classes is not None and labels is not None:
-            index_of = {name: label for label, name in enumerate(classes.names)}
-            truth = np.asarray([index_of[labels[index]] for index in kept])
-            results["classes"] = len(classes.names)
-            results["zero_shot"] = accuracy(scores[:, len(texts) :], truth)
-        return results
+        return run_tasks(self.read(params, progress), self._tasks, self._config.eval).figures
 
-    def _annotations(self) -> tuple[list[str], list[tuple[str, ...]], list[str] | None]:
-        """Distinct captions, the captions of each image, and the class name of each image where the source has one."""
-        captions: list[tuple[str, ...]] = []
-        labels: list[str] = []
-        self._first_problem = ""
-        for index in range(len(self._source)):
-            try:
-                record = self._source[index]
-                label = self._label(record)
-            except (BadSample, OSError) as error:  # left out of every evaluation, also should it become readable
-                self._first_problem = self._first_problem or f"; the first: {error}"
-                captions.append(())
-                labels.append("")
-            else:
-                captions.append(record.captions[: record.specific])
-                labels.append(label)
-        texts = sorted({text for own in captions for text in own})
-        return texts, captions, None if self._config.data.label_field is None else labels
+    def read(self, params: Any, progress: Progress = lambda _: None) -> Reading:
+        """The pass: everything that the tasks need.
 
-    def _label(self, record: Record) -> str:
-        """The record's class name; '' where the run has no classes."""
-        field = self._config.data.label_field
-        if field is None:
-            return ""
-        label = lookup(record.name, record.fields, field)
-        if label is None:
+        Raises:
+            ConfigError: no image of the set can be read.
+        """
+        known, own_texts = self._known, self._texts
+        texts = self._encode_texts(params, progress)
+        usable = np.asarray([annotation is not None for annotation in known.annotations])
+        read = _joined(self._pass(params, self._set.source, usable, texts, progress))
+        if read is None:
             raise ConfigError(
-                f"data.label_field: {record.name} has no field {field!r}.{nearest(field, list(record.fields))}"
+                f"{self._field}: none of the {len(usable)} images can be read; the first: {known.first_problem}"
             )
-        name = label.decode(errors="replace") if isinstance(label, bytes) else str(label)
-        if not name.strip():
-            raise ConfigError(f"data.label_field: the {field!r} of {record.name} is blank, expected a class name")
-        return name
+        annotations = [annotation for row in read.rows if (annotation := known.annotations[row])]
+        captions = own_texts.listed[: own_texts.captions]
+        positives = _positives(annotations, captions)
+        # A text whose only image could not be read is nobody's caption here.
+        answerable: np.ndarray = positives.any(axis=0)
+        kept = np.concatenate([answerable, np.full(len(own_texts.listed) - len(captions), True)])
+        new_row = np.cumsum(kept) - 1
+        own = {
+            name: Own(rows >= 0, np.where(rows >= 0, new_row[rows], 0), *read.own[name])
+            for name, rows in ((name, rows[read.rows]) for name, rows in own_texts.own.items())
+        }
+        return Reading(
+            rows=read.rows,
+            annotations=annotations,
+            unreadable=len(known.annotations) - len(annotations),
+            texts=[text for text, answers in zip(captions, answerable, strict=True) if answers],
+            positives=positives[:, answerable],
+            caption_scores=read.captions[:, answerable],
+            text_embedding=np.zeros((0, 0), np.float32) if texts is None else np.asarray(texts.embedding)[kept],
+            classes=known.classes,
+            multi_label=known.multi_label,
+            # jax sorts names; reports keep the order in which they are given.
+            class_scores={name: read.classes[name] for name in self._config.eval.scorers if name in read.classes},
+            embeddings={name: read.embeddings[name] for name in EMBEDDINGS},
+            captions=own.get("captions"),
+            choices=own.get("choices"),
+            train=self._labelled(params, progress),
+        )
 
-    def _classes(self, labels: Sequence[str]) -> ClassSpec:
-        return ClassSpec.from_names(sorted(set(labels) - {""}), self._config.eval.templates)
+    def _labelled(self, params: Any, progress: Progress) -> Labelled | None:
+        """Embeddings of the training images that probes learn from."""
+        if self._train is None:
+            return None
+        source, labels = self._train
+        read = _joined(self._pass(params, source, np.ones(len(source), bool), None, progress))
+        return None if read is None else Labelled(read.embeddings, labels[read.rows])
 
-    def _columns(self, params: Any, classes: ClassSpec | None) -> TextSide:
-        """What images are scored against: the captions, then the classes. On the host."""
-        captions = self._encode_texts(params, self._texts)
-        if classes is None:
-            return captions
-        owner = np.repeat(np.arange(len(classes.names)), [len(own) for own in classes.texts])
-        prompts = self._encode_texts(params, [text for own in classes.texts for text in own])
-        means = jax.device_get(mean_text(prompts, jnp.asarray(owner), len(classes.names)))
-        return jax.tree.map(lambda *x: np.concatenate(x), captions, means)
-
-    def _encode_texts(self, params: Any, texts: Sequence[str]) -> TextSide:
-        size = self._config.eval.batch_size
+    def _encode_texts(self, params: Any, progress: Progress) -> TextSide | None:
+        """All texts, on the host; None where there is none."""
+        texts, size = self._texts.listed, self._config.eval.batch_size
         blocks = []
         for start in range(0, len(texts), size):
-            tokens, mask = self._tokenizer.encode(texts[start : start + size], self._config.model.text.length)
-            blocks.append(self._text_side(params, self._put(tokens), self._put(mask)))
+            some = texts[start : start + size]
+            tokens, mask = self._tokenizer.encode(some, self._config.model.text.length)
+            blocks.append(self._texts_of(params, self._put(tokens), self._put(mask)))
+            progress(len(some))
+        if not blocks:
+            return None
         return jax.tree.map(lambda *x: np.concatenate(x)[: len(texts)], *jax.device_get(blocks))
 
-    def _score_images(
-        self, params: Any, texts: TextSide, progress: Progress
-    ) -> tuple[Float[np.ndarray, "N J"], Float[np.ndarray, "N d"], list[int]]:
-        """Of every readable image: cosines with all texts, unconditioned embedding, and index in the source."""
+    def _pass(
+        self, params: Any, source: Source, wanted: Bool[np.ndarray, "N"], texts: TextSide | None, progress: Progress
+    ) -> Iterator[_Block]:
+        """All images of a source, block by block; with ``texts`` their scores too."""
         size, data = self._config.eval.batch_size, self._config.data
-        images = eval_images(self._source, self._config.model.image_size, size, data.threads, data.limits)
-        batches, same_batches = itertools.tee(images)
-        embeddings: deque[Array] = deque()
+        columns = _Columns(None, {}) if texts is None else self._columns(texts)
+        on_devices = None if texts is None else to_all_devices(texts)
+        waiting: deque[Any] = deque()
 
         def sides() -> Iterator[ImageSide]:
-            for images, _ in batches:
-                side, embedding = self._image_side(params, self._put(images))
-                embeddings.append(embedding)
+            processes = jax.process_index(), jax.process_count()
+            blocks = eval_blocks(source, self._config.model.image_size, size, data.threads, data.limits, *processes)
+            for start, (images, usable) in zip(range(0, len(source), size), blocks, strict=True):
+                side, embeddings = self._images_of(params, self._put_own(images))
+                own = {}
+                if on_devices is not None:
+                    for name, rows in self._texts.own.items():
+                        own[name] = self._own_scores(
+                            side, on_devices, self._put(np.maximum(rows[start : start + size], 0))
+                        )
+                waiting.append((self._gathered(self._put_own(usable)), embeddings, own))
                 yield side
 
-        scores: list[np.ndarray] = []
-        unconditioned: list[np.ndarray] = []
-        kept: list[int] = []
-        for (_, indices), block in zip(same_batches, score_blocks(sides(), texts), strict=True):
-            annotated = [row for row, index in enumerate(indices) if self._captions[index]]
-            scores.append(block[annotated])
-            unconditioned.append(np.asarray(embeddings.popleft())[annotated])
-            kept.extend(int(indices[row]) for row in annotated)
-            progress(len(indices))
-        if not kept:
-            raise ConfigError(f"evaluation: none of the {len(self._captions)} images can be read{self._first_problem}")
-        return np.concatenate(scores), np.concatenate(unconditioned), kept
+        nothing = np.zeros((size, 0), np.float32)
+        scores = (nothing for _ in sides()) if columns.side is None else score_blocks(sides(), columns.side)
+        for start, block in zip(range(0, len(source), size), scores, strict=True):
+            usable, *made = jax.device_get(waiting.popleft())
+            count = min(size, len(source) - start)
+            kept = np.flatnonzero(usable[:count] & wanted[start : start + count])
+            scores_of_kept = block[kept]
+            captions, classes = (
+                scores_of_kept[:, columns.parts.get("captions", slice(0))],
+                self._class_scores(scores_of_kept, columns.parts),
+            )
+            yield _Block(start + kept, captions, classes, *jax.tree.map(lambda x, kept=kept: x[kept], made))
+            progress(count)
+
+    def _columns(self, texts: TextSide) -> _Columns:
+        """What images are scored with: captions and, where a scorer wants them, means of class texts and the texts."""
+        classes, captions, prompts = self._known.classes, self._texts.captions, self._texts.prompts
+        sides = {"captions": _rows(texts, slice(captions))}
+        wanted = {SCORERS[name].columns for name in self._config.eval.scorers}
+        if classes is not None and prompts:
+            of_classes = _rows(texts, slice(-prompts, None))
+            if "classes" in wanted:
+                layout = classes.layout
+                means = mean_text(of_classes, jnp.asarray(layout.owner), len(classes.names), jnp.asarray(layout.weight))
+                sides["classes"] = jax.device_get(means)
+            if "texts" in wanted:
+                sides["texts"] = of_classes
+        ends = np.cumsum([len(side.embedding) for side in sides.values()]).tolist()
+        parts = dict(zip(sides, map(slice, [0, *ends], ends), strict=False))
+        return _Columns(jax.tree.map(lambda *x: np.concatenate(x), *sides.values()), parts)
+
+    def _class_scores(
+        self, block: Float[np.ndarray, "n J"], parts: Mapping[str, slice]
+    ) -> dict[str, Float[np.ndarray, "n C"]]:
+        """By scorer."""
+        if self._known.classes is None:
+            return {}
+        layout = self._known.classes.layout
+        scorers = {name: SCORERS[name] for name in self._config.eval.scorers}
+        return {
+            name: scorer.class_scores(block[:, parts[scorer.columns]], layout)
+            for name, scorer in scorers.items()
+            if scorer.columns in parts
+        }
 
     def _put(self, block: np.ndarray) -> Array:
-        """A host block, padded with zeros to the block size, on the devices. Every process holds the whole block."""
+        """A host block that every process holds whole, filled up with zeros to the block size, on the devices."""
         padding = self._config.eval.batch_size - len(block)
         padded = np.pad(block, [(0, padding)] + [(0, 0)] * (block.ndim - 1))
         return jax.make_array_from_callback(padded.shape, self._rows, lambda index: padded[index])
+
+    def _put_own(self, rows: np.ndarray) -> Array:
+        """This process's rows of a block, on the devices."""
+        return jax.make_array_from_process_local_data(self._rows, rows)
+
+
+def _positives(annotations: Sequence[Annotation], captions: Sequence[str]) -> Bool[np.ndarray, "N J"]:
+    """Which captions are an image's own."""
+    column = {text: number for number, text in enumerate(captions)}
+    positives: np.ndarray = np.full((len(annotations), len(captions)), False)
+    for row, annotation in enumerate(annotations if captions else ()):
+        positives[row, [column[text] for text in annotation.captions]] = True
+    return positives
+
+
+def _joined(blocks: Iterator[_Block]) -> _Block | None:
+    """All blocks as one; None where none has an image."""
+    filled = [block for block in blocks if len(block.rows)]
+    return jax.tree.map(lambda *x: np.concatenate(x), *filled) if filled else None
+
+
+def _rows(side: TextSide, rows: slice) -> TextSide:
+    return jax.tree.map(lambda x: x[rows], side)

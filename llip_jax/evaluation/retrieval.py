@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from llip_jax.evaluation.figures import Outcome, Result, figures_of
+
 _BLOCK_PAIRS = 2**20
 """Pairs looked at together: bounds the temporaries to a few MiB whatever the size of the score matrix."""
 
@@ -29,7 +31,17 @@ def positives_from_owners(owners: Int[np.ndarray, "J"], images: int) -> Bool[np.
 def recall_at_k(
     scores: Float[np.ndarray, "N J"], positives: Bool[np.ndarray, "N J"], ks: Sequence[int] = (1, 5, 10)
 ) -> dict[str, float]:
+    """The figures of ``retrieve``."""
+    return retrieve(scores, positives, ks).figures
+
+
+def retrieve(
+    scores: Float[np.ndarray, "N J"], positives: Bool[np.ndarray, "N J"], ks: Sequence[int] = (1, 5, 10)
+) -> Result:
     """Recall at k and median rank in both directions.
+
+    CLIP_benchmark's recalls are the same where no scores tie. Where some do, theirs come of the order that
+    ``torch.topk`` happens to put them in, and these are the mean over all orders.
 
     Args:
         scores: score of each (image, text) pair, higher for a better match. Minus infinity stands for pairs that were
@@ -42,7 +54,7 @@ def recall_at_k(
         For each direction D (``image_to_text``, ``text_to_image``): ``D_recall_at_k``, the share of queries with at
         least one positive among the k best, in [0, 1]; ``D_recall_at_k_chance``, what random scores reach given the
         positives of these queries; and ``D_median_rank``, the median over queries of the best positive's rank (1 is
-        best).
+        best). The recalls are outcomes too: an image belongs to itself, a text to the first image that it matches.
 
     Raises:
         ValueError: shapes differ or are empty, a k is below 1, a score is NaN, or a query has no positive.
@@ -54,16 +66,26 @@ def recall_at_k(
     for axis, queries, answers in ((1, "images", "texts"), (0, "texts", "images")):
         if missing := np.count_nonzero(~positives.any(axis=axis)):
             raise ValueError(f"{missing} of {scores.shape[1 - axis]} {queries} have no positive among the {answers}")
-    return {
-        **_one_direction("image_to_text", scores, positives, ks),
-        **_one_direction("text_to_image", scores.T, positives.T, ks),
-    }
+    figures: dict[str, float] = {}
+    outcomes: dict[str, Outcome] = {}
+    for name, s, p, unit in (
+        ("image_to_text", scores, positives, np.arange(len(scores))),
+        ("text_to_image", scores.T, positives.T, positives.argmax(axis=0)),
+    ):
+        recalls, ranks = _one_direction(s, p, unit, ks)
+        own = {f"{name}_recall_at_{k}": recall for k, recall in recalls.items()}
+        outcomes |= own
+        figures |= figures_of(own) | {f"{name}_median_rank": float(np.median(ranks))}
+    return Result(figures, outcomes)
 
 
 def _one_direction(
-    name: str, scores: Float[np.ndarray, "Q A"], positives: Bool[np.ndarray, "Q A"], ks: Sequence[int]
-) -> dict[str, float]:
-    """Figures of one direction; queries are rows and each has a positive."""
+    scores: Float[np.ndarray, "Q A"],
+    positives: Bool[np.ndarray, "Q A"],
+    unit: Int[np.ndarray, "Q"],
+    ks: Sequence[int],
+) -> tuple[dict[int, Outcome], Float[np.ndarray, "Q"]]:
+    """Recall at each k, and the best positive's rank; queries are rows and each has a positive."""
     queries, answers = scores.shape
     # For each query: answers above its best positive, answers level with it, and how many of those are positives.
     above, level, level_positives = (np.empty(queries, dtype=np.int64) for _ in range(3))
@@ -81,15 +103,18 @@ def _one_direction(
         level[rows] = np.count_nonzero(is_level, axis=1)
         level_positives[rows] = np.count_nonzero(is_level & positive, axis=1)
 
-    figures = {}
     all_positives = np.count_nonzero(positives, axis=1)
-    for k in ks:
-        figures[f"{name}_recall_at_{k}"] = float(np.mean(scored * _hit_probability(level, level_positives, k - above)))
-        chance = _hit_probability(np.full(queries, answers), all_positives, np.full(queries, k))
-        figures[f"{name}_recall_at_{k}_chance"] = float(np.mean(chance))
+    recalls = {
+        k: Outcome(
+            values=scored * _hit_probability(level, level_positives, k - above),
+            unit=unit,
+            weight=np.ones(queries),
+            chance=_hit_probability(np.full(queries, answers), all_positives, np.full(queries, k)),
+        )
+        for k in ks
+    }
     # The first of p positives among n answers in random order is expected at rank (n + 1) / (p + 1).
-    figures[f"{name}_median_rank"] = float(np.median(above + (level + 1) / (level_positives + 1)))
-    return figures
+    return recalls, above + (level + 1) / (level_positives + 1)
 
 
 def _hit_probability(

@@ -8,7 +8,7 @@ the host while the next block is computed.
 import math
 from collections.abc import Callable, Iterable, Iterator
 from operator import itemgetter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from llip_jax.ops.pair_blocks import check_sides, prepare
-from llip_jax.ops.pair_scores import FixedSide, ImageSide, TextSide
+from llip_jax.ops.pair_scores import FixedSide, ImageSide, TextSide, mix, mixing_weights, normalize
 from llip_jax.ops.plan import BLOCK_TEXTS, block_bytes, even
 from llip_jax.ops.sweep import rows
 from llip_jax.parallel.sharding import ACTIVATIONS, constrain
@@ -87,6 +87,31 @@ def score_blocks(image_sides: Iterable[ImageSide], texts: TextSide) -> Iterator[
         done += count
 
 
+class OwnScores(NamedTuple):
+    """n images, each with C texts of its own; see ``reading.Own``."""
+
+    cosines: Float[Array, "n C"]
+    mixed: Float[Array, "n C d"]
+    weights: Float[Array, "n C M K"] | None
+
+
+def own_scores(images: ImageSide, texts: TextSide, own: Int[Array, "n C"]) -> OwnScores:
+    """Every image with the texts that ``own`` gives it, rows of ``texts``, each mixing it in turn."""
+
+    def one(image: ImageSide, own: Int[Array, "C"]) -> OwnScores:
+        image = by_image(lambda x: x[None], image)
+        embedding = normalize(texts.embedding[own])
+        if isinstance(image, FixedSide):
+            mixed, weights = jnp.broadcast_to(normalize(image.embedding), embedding.shape), None
+        else:
+            assert texts.queries is not None
+            queries = texts.queries[own]
+            mixed, weights = normalize(mix(image, queries)[0]), mixing_weights(image, queries)[0]
+        return OwnScores(jnp.einsum("cd,cd->c", mixed, embedding, precision="highest"), mixed, weights)
+
+    return jax.vmap(one, in_axes=(image_axes(images), 0))(images, own)
+
+
 def one_late(results: Iterable[tuple[Tag, Array]]) -> Iterator[tuple[Tag, np.ndarray]]:
     """The results on the host, each waited for only once the next has been given to the device."""
     waiting: tuple[Tag, Array] | None = None
@@ -142,6 +167,12 @@ def by_image(change: Callable[[Array], Array], images: ImageSide) -> ImageSide:
     if isinstance(images, FixedSide):
         return FixedSide(change(images.embedding))
     return images._replace(keys=change(images.keys), values=change(images.values))
+
+
+def image_axes(images: ImageSide) -> Any:
+    """For jax.vmap over images: 0 for every array that has a row for each image, None for the others."""
+    rows: Callable[[Array], Any] = lambda _: 0  # noqa: E731  (by_image changes arrays into arrays elsewhere)
+    return by_image(rows, jax.tree.map(lambda _: None, images))
 
 
 def to_all_devices(side: Side) -> Side:

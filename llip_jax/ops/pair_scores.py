@@ -54,10 +54,15 @@ def normalize(x: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), SMALLEST_SQUARE))
 
 
-def mix(images: MixtureSide, queries: Float[Array, "J M dh"]) -> Float[Array, "N J d"]:
-    """Every image mixed by every text, not yet normalised (Llip, arXiv 2405.00740, section 3)."""
+def mixing_weights(images: MixtureSide, queries: Float[Array, "J M dh"]) -> Float[Array, "N J M K"]:
+    """How much of each mixture token every text takes, head by head, in float32 (arXiv 2405.00740, section 3)."""
     products = jnp.einsum("jmh,nkmh->njmk", queries, images.keys, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(products / images.temperature, axis=-1).astype(images.values.dtype)
+    return jax.nn.softmax(products / images.temperature, axis=-1)
+
+
+def mix(images: MixtureSide, queries: Float[Array, "J M dh"]) -> Float[Array, "N J d"]:
+    """Every image mixed by every text, not yet normalised."""
+    weights = mixing_weights(images, queries).astype(images.values.dtype)
     mixed = jnp.einsum("njmk,nkmh->njmh", weights, images.values)
     return mixed.reshape(*mixed.shape[:2], -1) @ images.output
 

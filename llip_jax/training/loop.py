@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from llip_jax.command_line import EXIT_FINISHED, EXIT_STOPPED
-from llip_jax.config import Config, ConfigError, resolve, to_dict
-from llip_jax.config_files import overridden
+from llip_jax.config import Config, ConfigError
+from llip_jax.data.evaluation_sets import build_eval_set
 from llip_jax.data.pipeline import build_tokenizer, train_batches
 from llip_jax.data.records import Batch, Source, batch_shapes, fingerprint
 from llip_jax.data.sources import Split, build_source
@@ -28,7 +28,7 @@ from llip_jax.parallel.sharding import batch_sharding
 from llip_jax.training import run_directory
 from llip_jax.training.checkpoints import Checkpoints, Progress
 from llip_jax.training.flops import peak_flops, train_step_flops
-from llip_jax.training.metrics import MetricsWriter, progress_bar, write_json
+from llip_jax.training.metrics import MetricsWriter, progress_bar, progress_of, write_json
 from llip_jax.training.optimizer import make_optimizer
 from llip_jax.training.preemption import Stopped, StopRequest
 from llip_jax.training.recorder import Recorder
@@ -78,7 +78,7 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
         spec = state_spec(config, optimizer, mesh)
         # Before the compiler starts, so that mistakes in the data are told at once.
         source = build_source(config.data, "train", config.model.image_size)
-        eval_source = build_source(config.data, "eval", config.model.image_size)
+        eval_set = build_eval_set(config, "")
         checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
         if checkpoints.latest is not None:
             checkpoints.check(checkpoints.latest, spec.abstract._asdict())
@@ -89,10 +89,10 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
         # XLA compiles outside the interpreter lock: tokenizer and state are made meanwhile.
         train_step = make_train_step(config, spec, optimizer)
         compiling = background.submit(compile_step, train_step, config, spec, mesh)
-        tokenizer = _tokenizer(config, source, workdir)
+        tokenizer = own_tokenizer(config, source, workdir)
         run_directory.keep_tokenizer(workdir, tokenizer)
-        evaluator = Evaluator(config, spec.graph, mesh, eval_source, tokenizer)
-        print(f"data: {source.summary()} to train on, {eval_source.summary()} to evaluate", flush=True)
+        evaluator = Evaluator(config, spec.graph, mesh, eval_set, tokenizer)
+        print(f"data: {source.summary()} to train on, {len(eval_set.source):,} samples to evaluate", flush=True)
         data_ready = clock()
         identity = {**source.identity(), "tokenizer": tokenizer.fingerprint}
         state, progress = _restore_or_init(config, checkpoints, optimizer, spec, workdir, identity)
@@ -144,34 +144,6 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
             gc.collect()  # Grain's iterator, in a cycle, holds memory shared with workers, to be freed before the exit.
             writer.close()
             checkpoints.close()
-
-
-def evaluate_run(workdir: Path, step: int | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Evaluates a checkpoint of a run (the newest, or that of ``step``) and writes eval/STEP.json.
-
-    ``overrides`` (FIELD=VALUE) change the run's configuration for this evaluation only.
-
-    Raises:
-        ConfigError: no run, no such checkpoint, no tokenizer, or data that is gone.
-    """
-    config = resolve(overridden(to_dict(run_directory.read_config(workdir)), overrides))
-    mesh = make_mesh(config.mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True)
-    step = checkpoints.latest if step is None else step
-    if step is None or step not in checkpoints.steps:
-        raise ConfigError(f"--step: no checkpoint {step} in {workdir}; there are: {checkpoints.steps or 'none'}")
-    source = build_source(config.data, "eval", config.model.image_size)
-    if config.data.tokenizer.name == "trained" and run_directory.tokenizer_file(workdir) is None:
-        raise ConfigError(
-            f"{workdir / 'tokenizer.json'} is missing: the checkpoint means nothing without the tokenizer that it "
-            "learned with"
-        )
-    tokenizer = _tokenizer(config, source, workdir)
-    with jax.set_mesh(mesh):
-        spec = state_spec(config, make_optimizer(config.optimizer, config.train.steps), mesh)
-        params = checkpoints.restore_params(step, spec.abstract.params)
-        evaluator = Evaluator(config, spec.graph, mesh, source, tokenizer)
-        return _evaluate(evaluator, params, step, workdir)
 
 
 @dataclass(frozen=True)
@@ -246,8 +218,9 @@ class _Loop:
             results = _evaluate(self.evaluator, state.evaluated_params, step, self.workdir, self.stop.check)
         except Stopped:
             return False
-        for task in ("zero_shot", "retrieval", "two_stage"):
-            self.writer.scalars(step, results.get(task, {}), prefix=f"eval/{task}/")
+        for task, figures in results.items():
+            if isinstance(figures, Mapping):
+                self.writer.scalars(step, figures, prefix=f"eval/{task}/")
         return True
 
     def _to_devices(self, batch: Batch) -> dict[str, Array]:
@@ -258,13 +231,13 @@ class _Loop:
 
 
 def _evaluate(
-    evaluator: Evaluator, params: Any, step: int, workdir: Path, check_stop: Callable[[], None] = lambda: None
+    evaluator: Evaluator, params: Any, step: int, workdir: Path, check_stop: Callable[[], None]
 ) -> dict[str, Any]:
     """Evaluates with a progress bar, prints the table and writes eval/STEP.json."""
-    with progress_bar(evaluator.images, 0, "image", "evaluating", keep=False) as bar:
+    with progress_of(evaluator.work, "item", "evaluating") as progress:
 
-        def advance(images: int) -> None:
-            bar.update(images)
+        def advance(items: int) -> None:
+            progress(items)
             check_stop()
 
         results = {"step": step, **evaluator(params, advance)}
@@ -275,7 +248,8 @@ def _evaluate(
     return results
 
 
-def _tokenizer(config: Config, source: Source, workdir: Path) -> Tokenizer:
+def own_tokenizer(config: Config, source: Source, workdir: Path) -> Tokenizer:
+    """The tokenizer of a run; one that is trained learns from ``source`` where the run has none yet."""
     named = run_directory.with_own_tokenizer(config.data.tokenizer, workdir)
     return build_tokenizer(named, source, workdir / "tokenizer.json", config.model.text.length)
 

@@ -1,9 +1,10 @@
 """Where numbers go: metrics.jsonl, TensorBoard, and the progress bar."""
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,10 @@ def progress_bar(total: int, initial: int, unit: str, label: str, *, keep: bool 
         dynamic_ncols=interactive,
         smoothing=0.1,
     )
+
+
+@contextlib.contextmanager
+def progress_of(total: int, unit: str, label: str) -> Iterator[Callable[[int], Any]]:
+    """A progress bar that goes when it is done; its value takes what has been done since the last call."""
+    with progress_bar(total, 0, unit, label, keep=False) as bar:
+        yield bar.update

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -175,9 +176,12 @@ def read_config(workdir: Path) -> Config:
 
 def drop_later_evaluations(workdir: Path, step: int) -> None:
     """Removes evaluations of later steps than the one a run goes on from: it may reach them with other parameters."""
-    for path in (workdir / "eval").glob("*.json"):
+    for path in (workdir / "eval").glob("*"):
         if path.stem.isdigit() and int(path.stem) > step:
-            path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _within(difference: str, fields: tuple[str, ...]) -> bool:

@@ -43,6 +43,7 @@ class FolderSource:
         limits: larger image files are not read.
         field: what the configuration calls ``path``.
         hold_out: whether records without a split are divided; otherwise all of them belong to either split.
+        captionless: whether records may lack captions.
 
     Raises:
         ConfigError: anything about the folder or the list that is not as expected, with file and line.
@@ -58,6 +59,7 @@ class FolderSource:
         *,
         field: str = "data.path",
         hold_out: bool = True,
+        captionless: bool = False,
     ):
         file = Path(path)
         if file.suffix not in _LISTS:
@@ -86,8 +88,8 @@ class FolderSource:
         selected: list[str] = []
         digest = hashlib.sha256()
         for where, entry in _LISTS[file.suffix](file):
-            entry = _named(entry, columns, where)
-            _check_fields(entry, config, where)
+            entry = _named(entry, columns, where, captionless)
+            _check_fields(entry, config, where, captionless)
             size = images.size(entry["image"], where)
             if has_split is None:
                 has_split = config.split_field in entry
@@ -230,14 +232,14 @@ _LISTS: dict[str, Callable[[Path], Iterator[tuple[str, dict[str, Any]]]]] = {
 }
 
 
-def _named(entry: dict[str, Any], columns: FieldsConfig, where: str) -> dict[str, Any]:
+def _named(entry: dict[str, Any], columns: FieldsConfig, where: str, captionless: bool) -> dict[str, Any]:
     """The entry with its image and captions under these names."""
     chosen = bool(columns.image or columns.captions)
     if not chosen and {"image", "captions"} <= entry.keys():
         return entry
     image = next((name for name in columns.image or _USUAL.image if name in entry), None)
     texts = [name for name in columns.captions or _USUAL.captions if name in entry]
-    if image is None or not texts:
+    if image is None or not (texts or captionless):
         if not chosen:
             return entry  # What it lacks is told in general terms.
         wanted = " or ".join(map(repr, (columns.image or _USUAL.image) if image is None else columns.captions))
@@ -264,7 +266,7 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
     return entry
 
 
-def _check_fields(entry: dict[str, Any], config: FolderConfig, where: str) -> None:
+def _check_fields(entry: dict[str, Any], config: FolderConfig, where: str, captionless: bool) -> None:
     for name in ("image", "captions"):
         if name not in entry:
             raise ConfigError(f"{where}: field {name!r} is missing." + nearest(name, list(entry)))
@@ -274,7 +276,7 @@ def _check_fields(entry: dict[str, Any], config: FolderConfig, where: str) -> No
     captions = entry["captions"]
     if not isinstance(captions, list):  # A plain string would pass for a list of its characters.
         raise ConfigError(f"{where}: captions is {reprlib.repr(captions)}, expected a list of strings")
-    if not captions:
+    if not captions and not captionless:
         raise ConfigError(f"{where}: captions is an empty list, expected at least one caption")
     for position, caption in enumerate(captions):
         if not isinstance(caption, str):
@@ -288,7 +290,7 @@ def _check_fields(entry: dict[str, Any], config: FolderConfig, where: str) -> No
 
     if config.specific_field in entry:
         specific = entry[config.specific_field]
-        if type(specific) is not int or not 1 <= specific <= len(captions):
+        if type(specific) is not int or not min(1, len(captions)) <= specific <= len(captions):
             raise ConfigError(
                 f"{where}: {config.specific_field} is {reprlib.repr(specific)}, "
                 f"expected a whole number from 1 to {len(captions)}, the number of captions"

@@ -1,0 +1,182 @@
+"""Everything that can be said about a checkpoint of a run: tasks on all its sets, exhibits, files for other tools."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import jax
+
+from llip_jax.config import Config, ConfigError, EvalConfig, Task, resolve, to_dict
+from llip_jax.config_files import overridden
+from llip_jax.data.evaluation_sets import build_eval_set
+from llip_jax.evaluation import clip_benchmark
+from llip_jax.evaluation.evaluator import Evaluator
+from llip_jax.evaluation.exhibits import MISMATCHES, Pictures, galleries, mapped, spread
+from llip_jax.evaluation.figures import Outcome, by_group, intervals, robustness, save_outcomes
+from llip_jax.evaluation.looks import Looks
+from llip_jax.evaluation.maps import overlay
+from llip_jax.evaluation.reading import Reading
+from llip_jax.evaluation.results import summary
+from llip_jax.evaluation.tasks import LeftOut, run_tasks
+from llip_jax.interop.folders import replacing_folder
+from llip_jax.parallel.mesh import make_mesh
+from llip_jax.training import run_directory
+from llip_jax.training.checkpoints import Checkpoints
+from llip_jax.training.loop import own_tokenizer
+from llip_jax.training.metrics import progress_of, write_json
+from llip_jax.training.optimizer import make_optimizer
+from llip_jax.training.state import state_spec
+
+TASKS: tuple[Task, ...] = get_args(Task)
+
+_ROBUST = ("zero_shot", "top_1_accuracy")
+"""Task and figure of which mean and worst over variants of a set are reported."""
+
+
+def evaluate_run(
+    workdir: Path, step: int | None = None, overrides: Sequence[str] = (), tasks: Sequence[Task] | None = None
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run on its own set and those of ``eval.sets``; what eval/STEP.json holds.
+
+    Writes eval/STEP.json (figures with bootstrap intervals), eval/STEP.npz (what every query got, for comparisons) and
+    the folder eval/STEP: exhibits, CLIP_benchmark's documents, and what the queries of further sets got.
+
+    Args:
+        workdir: the run's.
+        step: of the checkpoint; None: the newest.
+        overrides: FIELD=VALUE, changes of the run's configuration for this evaluation only.
+        tasks: what to do; None: ``eval.tasks``.
+
+    Raises:
+        ConfigError: no run, no such checkpoint, no tokenizer, or data that is gone or not as expected.
+    """
+    config = resolve(overridden(to_dict(run_directory.read_config(workdir)), overrides))
+    tasks = config.eval.tasks if tasks is None else tuple(tasks)
+    mesh = make_mesh(config.mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True)
+    step = checkpoints.latest if step is None else step
+    if step is None or step not in checkpoints.steps:
+        raise ConfigError(f"--step: no checkpoint {step} in {workdir}; there are: {checkpoints.steps or 'none'}")
+    if config.data.tokenizer.name == "trained" and run_directory.tokenizer_file(workdir) is None:
+        raise ConfigError(
+            f"{workdir / 'tokenizer.json'} is missing: the checkpoint means nothing without the tokenizer that it "
+            "learned with"
+        )
+    # All sets before the first one is evaluated, so that mistakes in the data are told at once.
+    sets = {name: build_eval_set(config, name) for name in ("", *config.eval.sets)}
+    tokenizer = own_tokenizer(config, sets[""].source, workdir)
+    found: dict[str, _Found] = {}
+    with jax.set_mesh(mesh), _folder(workdir / "eval" / str(step)) as folder:
+        spec = state_spec(config, make_optimizer(config.optimizer, config.train.steps), mesh)
+        params = checkpoints.restore_params(step, spec.abstract.params)
+        evaluators = {
+            name: Evaluator(config, spec.graph, mesh, eval_set, tokenizer, tasks) for name, eval_set in sets.items()
+        }
+        for name, evaluator in evaluators.items():
+            with progress_of(evaluator.work, "item", f"evaluating {name}".rstrip()) as progress:
+                reading = evaluator.read(params, progress)
+            looks = Looks(config, spec.graph, params, tokenizer, sets[name].source, reading)
+            # Exhibits are of the run's own set.
+            found[name] = _look_at(reading, looks, tasks, config.eval, None if name else folder)
+            if name:
+                (folder / "sets").mkdir(exist_ok=True)
+                save_outcomes(folder / "sets" / f"{name}.npz", found[name].names, found[name].outcomes)
+            _write_clip_benchmark(
+                folder / "clip_benchmark", found[name].figures, name, config, f"{workdir.name}-{step}"
+            )
+        results = {"step": step, **found[""].figures}
+        if further := {name: own.figures for name, own in found.items() if name}:
+            results["sets"] = further
+        if robust := _robustness({name or "own": own.figures for name, own in found.items()}, config.eval):
+            results["robustness"] = robust
+        if jax.process_index() == 0:
+            save_outcomes(workdir / "eval" / f"{step}.npz", found[""].names, found[""].outcomes)
+    if jax.process_index() == 0:
+        write_json(workdir / "eval" / f"{step}.json", results)
+        print("\n" + summary(results), flush=True)
+    return results
+
+
+class _Found(NamedTuple):
+    """What came out for one set: figures for JSON, outcomes by TASK/FIGURE, names of the images."""
+
+    figures: dict[str, Any]
+    outcomes: dict[str, Outcome]
+    names: list[str]
+
+
+def _look_at(reading: Reading, looks: Looks, tasks: Sequence[Task], config: EvalConfig, folder: Path | None) -> _Found:
+    """All tasks on one set; with ``folder`` its exhibits are written there."""
+    result = run_tasks(reading, tasks, config, progress_of)
+    figures = _with_intervals(result.figures, result.outcomes)
+    mismatches: list[dict[str, Any]] = []
+    if "diagnostics" in tasks and looks.attributed:
+        with progress_of(2 * len(looks.attributed), "image", "attributing words") as progress:
+            figures["diagnostics"]["attribution"], mismatches = looks.words(progress)
+    if "inversion" in tasks:
+        try:
+            figures.setdefault("diagnostics", {})["inversion"] = looks.inversion(progress_of)
+        except LeftOut as reason:
+            figures.setdefault("left_out", {})["inversion"] = str(reason)
+    groups = {field: by_group(result.outcomes, reading.groups(field)) for field in config.groups}
+    if groups:
+        figures["groups"] = groups
+    if folder is not None and "exhibits" in tasks:
+        pictures = Pictures(folder, looks.pixels)
+        exhibits = galleries(reading, result.outcomes, pictures)
+        if looks.has_maps:
+            exhibits["maps"] = mapped(reading, looks.maps, overlay, pictures)
+        exhibits["mismatch"] = [
+            {"image": pictures.of(mismatches[index]["row"]), **mismatches[index]}
+            for index in spread(range(len(mismatches)), MISMATCHES)
+        ]
+        write_json(folder / "exhibits.json", exhibits)
+    return _Found(figures, result.outcomes, [own.name for own in reading.annotations])
+
+
+def _with_intervals(figures: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """Figures with NAME_interval beside each NAME that is a mean over queries."""
+    figures = {name: dict(part) if isinstance(part, Mapping) else part for name, part in figures.items()}
+    for path, interval in intervals(outcomes).items():
+        *parts, name = path.split("/")
+        holder: Any = figures
+        for part in parts:
+            holder = holder[part]
+        holder[f"{name}_interval"] = list(interval)
+    return figures
+
+
+def _robustness(figures: Mapping[str, Mapping[str, Any]], config: EvalConfig) -> dict[str, Any]:
+    """Mean and worst over each set and its variants, the run's own set by the name "own"."""
+    words = {"own": config.robustness} | {name: own.robustness for name, own in config.sets.items()}
+    task, name = _ROBUST
+    groups: dict[str, dict[str, float]] = {}
+    for member, word in words.items():
+        value = figures[member].get(task, {}).get(name)
+        if word and value is not None:
+            groups.setdefault(word, {})[member] = value
+    return {word: robustness(name, members) for word, members in groups.items()}
+
+
+def _write_clip_benchmark(folder: Path, figures: Mapping[str, Any], name: str, config: Config, weights: str) -> None:
+    """The documents of one set, which ``clip_benchmark build`` puts in a table with others'."""
+    model = f"llip_jax-{config.model.pooler}-{config.model.size}-K{config.model.mixture_tokens}"
+    dataset = name or Path(config.data.eval_path or config.data.path or config.data.source).name
+    for file, document in clip_benchmark.documents(figures, dataset, model, weights).items():
+        folder.mkdir(exist_ok=True)
+        write_json(folder / file, document)
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[Path]:
+    """A folder that takes the place of ``path`` at the end; one that is thrown away in all processes but the first."""
+    if jax.process_index() != 0:
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
+    there = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    with replacing_folder(path, overwrite=True, files=there) as replacement:
+        replacement.mkdir()
+        yield replacement

@@ -1,0 +1,1 @@
+"""What an evaluation says of embeddings and mixtures beyond right and wrong: pure functions of arrays on the host."""

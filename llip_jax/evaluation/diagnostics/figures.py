@@ -1,0 +1,50 @@
+"""All diagnostics of a pass over a set that need no more than its embeddings and mixing weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from llip_jax.evaluation.diagnostics.geometry import geometry_figures
+from llip_jax.evaluation.diagnostics.mixtures import mixture_figures
+from llip_jax.evaluation.diagnostics.schur import schur_figures
+from llip_jax.evaluation.diagnostics.spectra import spectra_figures
+from llip_jax.evaluation.reading import Reading
+
+_MOST_VALUES = 256
+"""A field with more values than this is no factor: nearly every image would have one of its own."""
+
+
+def diagnostic_figures(reading: Reading, fields: Sequence[str] = ()) -> dict[str, Any]:
+    """``spectra`` of every embedding, and where images have captions ``geometry``, ``schur`` and ``mixture``.
+
+    Args:
+        reading: of the set.
+        fields: record fields whose values are factors: how much of the embeddings' variance goes with them.
+    """
+    embeddings = dict(reading.embeddings)
+    own = reading.captions
+    if own is None:
+        return {"spectra": spectra_figures(embeddings)}
+    # Of images with one embedding whatever the text, the mixed one is that.
+    mixed = None if own.weights is None else own.mixed
+    if mixed is not None:
+        embeddings["mixed"] = mixed[own.mask]
+    embeddings["text"] = reading.text_embedding[: len(reading.texts)]
+    pairs = (reading.embeddings["unconditioned"], mixed, reading.text_embedding, own.text, own.mask)
+    factors = {field: factor for field in fields if (factor := _indicators(reading.groups(field))) is not None}
+    figures = {
+        "spectra": spectra_figures(embeddings),
+        "geometry": geometry_figures(*pairs),
+        "schur": schur_figures(*pairs, factors),
+    }
+    if own.weights is not None:
+        figures["mixture"] = mixture_figures(own.weights, own.mask, own.mixed)
+    return figures
+
+
+def _indicators(groups: Sequence[str]) -> Float[np.ndarray, "N values"] | None:
+    """One column a value, 1 where an image has it; None where there are too few or too many."""
+    values, own = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+    return np.eye(len(values))[own] if 1 < len(values) <= _MOST_VALUES else None

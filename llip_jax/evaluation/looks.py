@@ -1,0 +1,138 @@
+"""A model looked at closely, on some images of a set: maps, attributed words, inversion."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, UInt8
+
+from llip_jax.config import Config
+from llip_jax.data.images import open_picture, resize_for_eval
+from llip_jax.data.records import Source
+from llip_jax.data.tokenizers import Tokenizer
+from llip_jax.evaluation.diagnostics import attribution, inversion
+from llip_jax.evaluation.exhibits import CAPTIONS, Picture, spread
+from llip_jax.evaluation.maps import caption_maps, uncaptioned_maps
+from llip_jax.evaluation.reading import Reading
+from llip_jax.evaluation.scoring import Progress
+from llip_jax.evaluation.tasks import Bar, LeftOut
+from llip_jax.ops.pair_scores import TextSide
+
+ATTRIBUTED = 64
+"""Images whose words are attributed, at most, evenly spread over the set."""
+
+
+class Looks:
+    """Functions of one model on one set.
+
+    Args:
+        config: of the run.
+        graph: of the model.
+        params: its parameters.
+        tokenizer: what it reads texts with.
+        source: the set.
+        reading: what a pass has made of it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        graph: nnx.GraphDef[Any],
+        params: Any,
+        tokenizer: Tokenizer,
+        source: Source,
+        reading: Reading,
+    ):
+        self._config, self._graph, self._params, self._tokenizer = config, graph, params, tokenizer
+        self._source, self._reading = source, reading
+
+        def maps(params: Any, images: UInt8[Array, "1 H W 3"], tokens: Array, mask: Array) -> tuple[Array, Array]:
+            model = nnx.merge(graph, params)
+            texts: TextSide = model.text_side(tokens, mask)
+            return uncaptioned_maps(model, images)[0], caption_maps(model, images, texts)[0]
+
+        self._maps = jax.jit(maps)
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether the vision tower shows what it attends to: not big_vision's."""
+        return self._config.model.vision.big_vision is None
+
+    def pixels(self, row: int) -> Picture:
+        """The picture of a row as it is."""
+        image = self._source[int(self._reading.rows[row])].image
+        return open_picture(image, self._config.data.limits).decode(1.0) if isinstance(image, bytes) else image
+
+    def seen(self, row: int) -> Picture:
+        """The picture of a row as the model takes it."""
+        return resize_for_eval(self.pixels(row), self._config.model.image_size)
+
+    def maps(
+        self, row: int, captions: Sequence[str]
+    ) -> tuple[Picture, Float[np.ndarray, "h w"], Float[np.ndarray, "C h w"]]:
+        """The picture as the model takes it, its map without a caption, and those of captions (evaluation/maps.py)."""
+        seen = self.seen(row)
+        # One number of captions, so that one shape is compiled.
+        filled = np.resize(np.asarray(captions, object), CAPTIONS).tolist()
+        tokens, mask = self._tokenizer.encode(filled, self._config.model.text.length)
+        uncaptioned, of_captions = jax.device_get(self._maps(self._params, seen[None], tokens, mask))
+        return seen, uncaptioned, of_captions[: len(captions)]
+
+    def words(self, progress: Progress) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Attribution figures of images evenly spread over the set, held against a caption of their own and against
+        the foreign one that scores best; and the latter as exhibits, each with its ``row``."""
+        reading = self._reading
+        rows = self.attributed
+        foreign = attribution.hardest_mismatches(reading.caption_scores[rows], reading.positives[rows])
+        pictures = np.stack([self.seen(row) for row in rows])
+        own, other = (
+            attribution.attribute_words(
+                self._graph,
+                self._params,
+                pictures,
+                texts,
+                self._tokenizer,
+                self._config.model.text.length,
+                progress=progress,
+            )
+            for texts in (
+                [reading.annotations[row].captions[0] for row in rows],
+                [reading.texts[column] for column in foreign],
+            )
+        )
+        exhibits = [
+            {"row": row, "name": reading.annotations[row].name, **attribution.exhibit(pair)}
+            for row, pair in zip(rows, other, strict=True)
+        ]
+        return attribution.attribution_figures(own, other), exhibits
+
+    @property
+    def attributed(self) -> list[int]:
+        """The images whose words are attributed."""
+        return spread(np.flatnonzero(self._reading.positives.any(axis=1)), ATTRIBUTED).tolist()
+
+    def inversion(self, bar: Bar) -> dict[str, Any]:
+        """Image to image retrieval by embeddings and by pseudo-words (evaluation/diagnostics/inversion.py).
+
+        Raises:
+            LeftOut: images do not have one class each, or no two have the same.
+        """
+        reading = self._reading
+        if reading.classes is None or reading.multi_label:
+            raise LeftOut("images do not have one class each: data.label_field names the record field with it")
+        labels = reading.labels()
+        shared = int((np.bincount(labels)[labels] > 1).sum())
+        if not shared:
+            raise LeftOut("no two images are of one class")
+        with bar(min(shared, inversion.IMAGES), "image", "inverting") as progress:
+            return inversion.inversion_figures(
+                self._graph,
+                self._params,
+                reading.embeddings["unconditioned"],
+                labels,
+                self._tokenizer,
+                self._config.model.text.length,
+                progress=progress,
+            )

@@ -1,0 +1,95 @@
+"""What one pass of a model over an evaluation set leaves on the host: all that tasks are computed from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from llip_jax.data.fields import lookup
+from llip_jax.evaluation.classes import ClassSpec
+
+
+class Annotation(NamedTuple):
+    """What is known of an image besides its pixels.
+
+    labels: class numbers; one, several of a multi-label set (or none), empty where the set has no classes.
+    choices: captions of an image-caption choice, the true one first.
+    """
+
+    name: str
+    captions: tuple[str, ...]
+    labels: tuple[int, ...]
+    choices: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+
+class Own(NamedTuple):
+    """Every image with some texts of its own (its captions, or the choices it is offered), filled up to C.
+
+    mask: which of the C there are.
+    text: their rows in ``Reading.text_embedding``; 0 where there is none.
+    cosines: of the image, mixed by the text, with the text.
+    mixed: the image mixed by the text, L2-normalised.
+    weights: of the mixture tokens, head by head; None where texts do not mix images.
+    """
+
+    mask: Bool[np.ndarray, "N C"]
+    text: Int[np.ndarray, "N C"]
+    cosines: Float[np.ndarray, "N C"]
+    mixed: Float[np.ndarray, "N C d"] | None
+    weights: Float[np.ndarray, "N C M K"] | None
+
+
+class Labelled(NamedTuple):
+    """Named embeddings of images and their class numbers, for probes to learn from."""
+
+    embeddings: dict[str, Float[np.ndarray, "n d"]]
+    labels: Int[np.ndarray, "n"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The usable images of a set, in order (rows), with everything the model made of them.
+
+    Embeddings by name: ``unconditioned`` (DualEncoder.unconditioned_embedding), ``tower`` (what the pooler reads,
+    before any projection: the class token, or the mean of the mixture tokens) and ``patches`` (the patch tokens' mean).
+    Parts that no task asked for are None or empty.
+    """
+
+    rows: Int[np.ndarray, "N"]
+    """Indices in the set's source."""
+    annotations: list[Annotation]
+    unreadable: int
+    texts: list[str]
+    """J distinct captions: the columns of ``positives`` and ``caption_scores``."""
+    positives: Bool[np.ndarray, "N J"]
+    caption_scores: Float[np.ndarray, "N J"]
+    text_embedding: Float[np.ndarray, "T d"]
+    """Of the J captions, then of other texts; L2-normalised."""
+    classes: ClassSpec | None
+    multi_label: bool
+    class_scores: dict[str, Float[np.ndarray, "N C"]]
+    """By scorer."""
+    embeddings: dict[str, Float[np.ndarray, "N _"]]
+    captions: Own | None
+    choices: Own | None
+    train: Labelled | None
+
+    def labels(self) -> Int[np.ndarray, "N"]:
+        """The class number of each image of a set with one label an image."""
+        return np.asarray([own.labels[0] for own in self.annotations])
+
+    def targets(self) -> Bool[np.ndarray, "N C"]:
+        """Which classes each image belongs to."""
+        assert self.classes is not None
+        targets = np.zeros((len(self.annotations), len(self.classes.names)), bool)
+        for row, own in enumerate(self.annotations):
+            targets[row, list(own.labels)] = True
+        return targets
+
+    def groups(self, field: str) -> list[str]:
+        """Value of a record field for each image, as text; "(none)" where it has none."""
+        values = [lookup(own.name, own.fields, field) for own in self.annotations]
+        return ["(none)" if value is None else str(value) for value in values]

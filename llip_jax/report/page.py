@@ -1,0 +1,229 @@
+"""The report of one run."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llip_jax.config import Config, differences, to_dict
+from llip_jax.report.curves import evaluation_charts, training_charts
+from llip_jax.report.diagnostics import diagnostics
+from llip_jax.report.exhibits import read_exhibits
+from llip_jax.report.figures import Table, headlines, label, number, rows, tables
+from llip_jax.report.html import Section, write_page
+from llip_jax.report.run_files import Run, read_run
+
+_MODELS = {"average": "learned average of tokens", "registers": "class token with registers", "class_token": "CLIP"}
+
+
+class FigureSet(NamedTuple):
+    """The figures of one evaluation set. ``title``: '' for the run's own."""
+
+    title: str
+    counts: str
+    tables: list[Table]
+
+
+class Breakdown(NamedTuple):
+    """Figures by the values of one field; ``columns``: paths of the figures, ``rows``: value, images, figures."""
+
+    field: str
+    columns: list[str]
+    rows: list[tuple[str, float, list[float | None]]]
+
+
+def write_report(workdir: Path, step: int | None = None) -> Path:
+    """Writes report/index.html of a run directory.
+
+    A pure function of the run's files: the same ones give the same page, byte by byte. What a run has no files of is
+    left out. The page is one file, which needs no network and no script.
+
+    Args:
+        workdir: the run directory.
+        step: the evaluation to show in detail; None: the newest.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: no run, no evaluation of that step, a damaged file, or the page cannot be written.
+    """
+    run = read_run(Path(workdir), step)
+    exhibits, pictures = read_exhibits(run.workdir / "eval" / str(run.step))
+    results = run.results
+    sections = [
+        Section(
+            "figures",
+            "Figures",
+            "Everything measured, beside what random scores would get. The line shows the value with its 95 % interval "
+            "on a scale from 0 to 100 %; the tick is chance.",
+            figure_sets(results),
+        ),
+        Section(
+            "curves",
+            "Curves",
+            "Loss should fall and flatten, the other curves stay calm: a spike in the gradient norm or time spent "
+            "waiting for data is worth a look.",
+            _filled({"Training": training_charts({run.name: run}), "Evaluation": evaluation_charts({run.name: run})}),
+        ),
+        Section(
+            "retrieval",
+            "Retrieval",
+            "Queries and their best answers. Look at how the wrong ones are wrong: by a detail, or by everything.",
+            exhibits if exhibits.image_to_text or exhibits.text_to_image else None,
+        ),
+        Section(
+            "classification",
+            "Zero-shot guesses",
+            "The classes whose names fit an image best, by the model's scores.",
+            exhibits.zero_shot,
+        ),
+        Section(
+            "maps",
+            "What a caption looks at",
+            "One image, read in several ways: each map shows the patches that its representation comes from once a "
+            "caption has mixed it. Maps that follow their captions away from the first one are what a text-conditioned "
+            "model is for.",
+            exhibits.maps,
+        ),
+        Section(
+            "words",
+            "Words for and against",
+            "How much each word speaks for the image (+) or against it (−, underlined). One that does not fit should "
+            "stand out.",
+            exhibits.mismatch,
+        ),
+        Section(
+            "diagnostics",
+            "Diagnostics",
+            "How the embeddings are laid out, and how captions mix the image tokens.",
+            diagnostics(results),
+        ),
+        Section(
+            "groups",
+            "Groups",
+            "The same figures for parts of the set. Small groups vary by chance.",
+            _breakdowns(results),
+        ),
+        Section(
+            "robustness",
+            "Robustness",
+            "A set and its variants: a robust model loses little from the mean to the worst.",
+            _robustness(results),
+        ),
+        Section(
+            "left-out",
+            "Left out",
+            "What was not measured, and why.",
+            {label(task): reason for task, reason in results.get("left_out", {}).items()},
+        ),
+        Section(
+            "configuration",
+            "Configuration",
+            "What differs from the defaults; the whole configuration and all parameters are folded below.",
+            {
+                "changes": changes(run.config),
+                "parts": {key: json.dumps(part, indent=2) for key, part in to_dict(run.config).items()},
+                "parameters": run.parameters,
+            },
+        ),
+    ]
+    return write_page(
+        run.workdir / "report" / "index.html",
+        title=run.name,
+        kind="Report of a run",
+        facts=facts(run),
+        headlines=headlines(results),
+        sections=[section for section in sections if section.content],
+        pictures=pictures,
+    )
+
+
+def facts(run: Run) -> dict[str, str]:
+    """What a run is, in a few words each."""
+    model, train = run.config.model, run.config.train
+    tokens = f"{model.mixture_tokens} mixture tokens" if model.mixture_tokens > 1 else "1 image token"
+    parameters = re.search(r"^parameters: ([\d,]+)", run.parameters, re.MULTILINE)
+    known = {
+        "Model": f"{_model(run.config)} {model.size}, {tokens}, {model.image_size} pixels",
+        "Parameters": number(int(parameters[1].replace(",", ""))) if parameters else "",
+        "Data": _data(run.config),
+        "Training": f"{number(train.steps)} steps of {number(train.batch_size)} images",
+        "Trained so far": f"{number(run.metrics[-1]['step'])} steps" if run.metrics else "",
+        "Evaluated": "not yet" if run.step is None else f"after {number(run.step)} steps",
+    }
+    return {term: text for term, text in known.items() if text}
+
+
+def figure_sets(results: Mapping[str, Any]) -> list[FigureSet]:
+    """The run's own set and further ones, those with any figures."""
+    sets = {"": results, **results.get("sets", {})}
+    return [FigureSet(name, _counts(one), found) for name, one in sets.items() if (found := tables(one))]
+
+
+def changes(config: Config) -> list[tuple[str, str, str]]:
+    """Fields in which a configuration differs from the defaults: name, default, value."""
+    return [split_difference(line) for line in differences(Config(), config)]
+
+
+def split_difference(line: str) -> tuple[str, str, str]:
+    """'field: old -> new' in its parts."""
+    name, _, values = line.partition(": ")
+    old, _, new = values.partition(" -> ")
+    return name, old, new
+
+
+def _model(config: Config) -> str:
+    if config.model.pooler == "mixer":
+        return "Llip"
+    if config.model.pooler == "class_token" and config.objective.softmax is None:
+        return "SigLIP"
+    return _MODELS[config.model.pooler]
+
+
+def _data(config: Config) -> str:
+    data = config.data
+    if data.mixture:
+        return f"mixture of {', '.join(data.mixture)}"
+    if data.source == "toyworld":
+        return f"ToyWorld, {number(data.toyworld.train_size)} scenes"
+    return f"{data.source} {data.path}".strip()
+
+
+def _counts(results: Mapping[str, Any]) -> str:
+    names = {
+        "images": "images",
+        "texts": "captions",
+        "classes": "classes",
+        "unreadable_images": "left out as unreadable",
+    }
+    counts = [f"{number(results[key])} {name}" for key, name in names.items() if results.get(key)]
+    return ", ".join(counts)
+
+
+def _breakdowns(results: Mapping[str, Any]) -> list[Breakdown]:
+    """The figures of every group, but for chance levels."""
+    found = []
+    for field, groups in results.get("groups", {}).items():
+        names = dict.fromkeys(name for figures in groups.values() for name in figures)
+        columns = [name for name in names if name != "queries" and not name.endswith("_chance")]
+        rows = [(value, own.get("queries") or 0, [own.get(name) for name in columns]) for value, own in groups.items()]
+        if columns:
+            found.append(Breakdown(field, columns, rows))
+    return found
+
+
+def _robustness(results: Mapping[str, Any]) -> list[tuple[Table, str]]:
+    """Of every group of sets: its figures, and which sets they are of."""
+    return [
+        (
+            Table(name, rows(own, name)),
+            f"{', '.join(map(str, own.get('members', [])))}; worst: {own.get('worst_member')}",
+        )
+        for name, own in results.get("robustness", {}).items()
+    ]
+
+
+def _filled(parts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in parts.items() if part}

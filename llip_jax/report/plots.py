@@ -1,0 +1,195 @@
+"""Charts as SVG to be put into a page: matplotlib's, with the page's own type and colours, light or dark."""
+
+import re
+from collections.abc import Mapping, Sequence
+from io import StringIO
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup, escape
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+
+SERIES = 6
+"""Lines that can be told apart in one chart: by colour and by dashes."""
+DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2", "8 3", "3 1 1 1 1 1")
+"""Of each of them, in SVG's terms; the page's legends draw the same."""
+
+_INCHES = (3.1, 1.95)
+"""Small, so that its letters are readable where a chart fills a phone's width."""
+_INK, _GRID = "#0a0b01", "#0a0b02"
+_COLOURS = tuple(f"#0a0c0{n}" for n in range(1, SERIES + 1))
+# Stand-ins that matplotlib writes, and the page's variables.
+_VARIABLES = {_INK: "var(--soft)", _GRID: "var(--rule)"} | {
+    colour: f"var(--series-{n})" for n, colour in enumerate(_COLOURS, start=1)
+}
+_POINTS = 400
+"""More than can be told apart; longer series are averaged in blocks."""
+_RECESSIVE = 0.16
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.size": 9.5,
+    "text.color": _INK,
+    "text.parse_math": False,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "ytick.major.size": 0,
+    "xtick.major.size": 3,
+}
+
+
+class Series(NamedTuple):
+    """A line: [n] values over [n] positions, with an interval around each where there is one.
+
+    colour: 0 to SERIES - 1.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: int = 0
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+
+class Chart(NamedTuple):
+    """A drawing, and what the page says about it. ``legend``: names of the lines by colour, where they need any."""
+
+    title: str
+    svg: Markup
+    legend: Sequence[tuple[str, int]]
+
+
+def lines(
+    key: str,
+    title: str,
+    series: Sequence[Series],
+    *,
+    x_label: str = "step",
+    share: bool = False,
+    log: bool = False,
+    chance: float | None = None,
+) -> Chart:
+    """Lines over a common axis.
+
+    Args:
+        key: of the chart alone in its page.
+        title: for people.
+        series: no more than SERIES; with one point only, a dot is drawn.
+        x_label: what x counts.
+        share: y is written in per cent, from 0.
+        log: y on a logarithmic axis.
+        chance: where to draw a line for random guesses.
+    """
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": key}):
+        figure = Figure(_INCHES, layout="constrained")
+        axes = figure.add_subplot()
+        for one in series:
+            x, y = (_thinned(values) for values in (one.x, one.y))
+            dash = [float(d) for d in DASHES[one.colour].split()]
+            style: Any = (0, dash) if dash else "solid"
+            marker = "o" if len(x) <= 12 else ""
+            axes.plot(x, y, color=_COLOURS[one.colour], linestyle=style, linewidth=1.5, marker=marker, markersize=3.2)
+            if one.low is not None and one.high is not None:
+                axes.fill_between(one.x, one.low, one.high, color=_COLOURS[one.colour], alpha=_RECESSIVE, linewidth=0)
+        if log:
+            axes.set_yscale("log")
+        if chance is not None:
+            axes.axhline(chance, color=_INK, linewidth=0.9, linestyle=(0, (2, 2)))
+        if share:
+            axes.set_ylim(bottom=0)
+        form = (lambda value, _: f"{100 * value:g} %") if share else (lambda value, _: f"{value:,.6g}")
+        axes.yaxis.set_major_formatter(FuncFormatter(form))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+        places = sorted({x for one in series for x in one.x})
+        axes.xaxis.set_major_locator(FixedLocator(places) if len(places) <= 4 else MaxNLocator(4, integer=True))
+        if not log:
+            axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xlabel(x_label)
+        named = [(one.label, one.colour) for one in series] if len(series) > 1 else []
+        return Chart(title, _svg(figure, key, title, _described(series, share)), named)
+
+
+def heat(key: str, title: str, values: Sequence[Sequence[float]], *, x_label: str, y_label: str) -> Chart:
+    """A matrix [rows, columns] as squares, the fuller the larger the (non-negative) value."""
+    matrix = np.nan_to_num(np.asarray(values, float))
+    rows, columns = matrix.shape
+    most = float(matrix.max()) or 1.0
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": key, "axes.grid": False, "axes.spines.bottom": False}):
+        figure = Figure((_INCHES[0], min(_INCHES[1], 0.6 + 0.25 * rows)), layout="constrained")
+        axes = figure.add_subplot()
+        for row in range(rows):
+            for column in range(columns):
+                share = max(float(matrix[row, column]) / most, 0)
+                place = (column + 0.54, row + 0.54)
+                axes.add_patch(Rectangle(place, 0.92, 0.92, facecolor=_COLOURS[0], alpha=0.05 + 0.95 * share))
+        axes.set(xlim=(0.5, columns + 0.5), ylim=(rows + 0.5, 0.5), xlabel=x_label, ylabel=y_label)
+        axes.tick_params(length=0)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+        text = f"{rows} by {columns} values from {matrix.min():.3g} to {matrix.max():.3g}."
+        return Chart(title, _svg(figure, key, title, text), [])
+
+
+def _thinned(values: Sequence[float]) -> np.ndarray:
+    """Means of equal blocks, so that at most _POINTS are left."""
+    array = np.asarray(values, float)
+    size = -(-len(array) // _POINTS)
+    return (
+        array
+        if size <= 1
+        else np.add.reduceat(array, starts := np.arange(0, len(array), size)) / np.diff(np.append(starts, len(array)))
+    )
+
+
+def _described(series: Sequence[Series], share: bool) -> str:
+    """What a line does, in words."""
+    unit = (lambda value: f"{value:.1%}") if share else (lambda value: f"{value:.4g}")
+    return " ".join(
+        f"{one.label}: {unit(one.y[0])} at {one.x[0]:g}, {unit(one.y[-1])} at {one.x[-1]:g}." for one in series
+    )
+
+
+def _svg(figure: Figure, key: str, title: str, description: str) -> Markup:
+    """The drawing, as large as its place in the page, with words for those who do not see it."""
+    key = re.sub(r"[^A-Za-z0-9]+", "-", key)
+    stream = StringIO()
+    nothing: Mapping[str, None] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    FigureCanvasSVG(figure).print_svg(stream, metadata=nothing)
+    drawn = stream.getvalue()
+    width, height = (72 * inches for inches in figure.get_size_inches())
+    inner = drawn[drawn.index("<svg") :].partition(">")[2]
+    # Rules for every element of the page, if they stayed.
+    inner = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", inner, flags=re.DOTALL)
+    inner = re.sub(r"font: ([\d.]+)px [^;\"]*|font-family: [^;\"]*", _own_font, inner)
+    inner = re.sub(r'\bid="', f'id="{key}-', inner)
+    inner = re.sub(r'href="#', f'href="#{key}-', inner)
+    inner = inner.replace("url(#", f"url(#{key}-")
+    for colour, variable in _VARIABLES.items():
+        inner = inner.replace(colour, variable)
+    return Markup(
+        f'<svg class="chart" viewBox="0 0 {width:g} {height:g}" role="img" aria-labelledby="{key}-title {key}-desc">'
+        f'<title id="{key}-title">{escape(title)}</title><desc id="{key}-desc">{escape(description)}</desc>'
+        f"{inner}"
+    )
+
+
+def _own_font(found: re.Match[str]) -> str:
+    return f"font-size: {found[1]}px" if found[1] else "font-family: inherit"

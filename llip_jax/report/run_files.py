@@ -1,0 +1,118 @@
+"""A run directory's files, read and checked."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import pydantic
+from typing_extensions import TypedDict
+
+from llip_jax.config import Config, ConfigError, resolve
+
+_T = TypeVar("_T")
+
+
+class _Results(TypedDict, total=False):
+    """What eval/STEP.json holds beside the figures of its tasks."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
+    step: pydantic.StrictInt
+    groups: dict[str, dict[str, dict[str, float | None]]]
+    diagnostics: dict[str, dict[str, Any]]
+    left_out: dict[str, str]
+    sets: dict[str, dict[str, Any]]
+    robustness: dict[str, dict[str, Any]]
+
+
+class Run(NamedTuple):
+    """What the pages show of a run.
+
+    evaluations: of every step that was evaluated, in order.
+    step: of the evaluation that is shown in detail; None: there is none.
+    """
+
+    workdir: Path
+    config: Config
+    metrics: Sequence[Mapping[str, Any]]
+    parameters: str
+    evaluations: Mapping[int, Mapping[str, Any]]
+    step: int | None
+
+    @property
+    def name(self) -> str:
+        """The directory's own name."""
+        return self.workdir.resolve().name
+
+    @property
+    def results(self) -> Mapping[str, Any]:
+        """The evaluation that is shown; empty where there is none."""
+        return {} if self.step is None else self.evaluations[self.step]
+
+
+_RESULTS: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(_Results)
+_LINE = pydantic.TypeAdapter(dict[str, Any])
+
+
+def read_run(workdir: Path, step: int | None = None) -> Run:
+    """Reads all but exhibits and outcomes; what is missing is left out, but for config.json.
+
+    Args:
+        workdir: the run directory.
+        step: the evaluation to show; None: the newest.
+
+    Raises:
+        ConfigError: no run, no evaluation of that step, or a damaged file.
+    """
+    path = workdir / "config.json"
+    try:
+        config = resolve(json.loads(path.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"--workdir: no run in {workdir} (no config.json)") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    steps = sorted(int(path.stem) for path in (workdir / "eval").glob("*.json") if path.stem.isdigit())
+    if step is not None and step not in steps:
+        raise ConfigError(f"step {step} has no evaluation in {workdir}; those there are: {steps or 'none'}")
+    return Run(
+        workdir,
+        config,
+        _metrics(workdir / "metrics.jsonl"),
+        (_text(workdir / "model.txt") or "").strip(),
+        {done: parsed(_RESULTS, workdir / "eval" / f"{done}.json") for done in steps},
+        steps[-1] if step is None and steps else step,
+    )
+
+
+def parsed(adapter: pydantic.TypeAdapter[_T], path: Path) -> _T:
+    """A JSON file of a known shape; raises ConfigError naming file and place."""
+    try:
+        return adapter.validate_python(json.loads(path.read_text()))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines; a last one without its end, cut off by a kill or being written, does not count."""
+    lines = (_text(path) or "").split("\n")[:-1]
+    metrics = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            metrics.append(_LINE.validate_json(line))
+            int(metrics[-1]["step"])
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(f"{path}:{number}: expected a JSON object with a step, got {line[:80]!r}") from None
+    return metrics
