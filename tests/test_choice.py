@@ -11,7 +11,8 @@ def test_ragged_choices_with_ties_equal_the_definition() -> None:
     rng = np.random.default_rng(0)
     counts = rng.integers(0, 6, size=200)
     mask = np.arange(5) < counts[:, None]
-    scores = np.where(mask, rng.integers(3, size=(200, 5)), np.nan)  # padding is not looked at
+    padding = rng.choice([9.0, 1.0, np.nan], size=(200, 5))  # which is not looked at
+    scores = np.where(mask, rng.integers(3, size=(200, 5)), padding)
     outcome = choice_outcomes(scores, mask)["accuracy"]
     expected = []
     for row, count in zip(scores, counts, strict=True):

@@ -26,7 +26,7 @@ from test_pretrained import SIGLIP, tiny_weights, tokenizer_file
 import llip_jax
 from llip_jax import inference
 from llip_jax.config import ConfigError, EvalConfig, resolve
-from llip_jax.data.pipeline import eval_images
+from llip_jax.data.pipeline import eval_blocks
 from llip_jax.data.records import Record
 from llip_jax.data.tokenizers import load_tokenizer
 from llip_jax.evaluation.scorers import mean_text
@@ -66,7 +66,7 @@ class OneByOne:
 
     def outputs(self, images: list[np.ndarray]) -> list[Any]:
         records = [Record(image, ("",), ("",), 1, "", "") for image in images]
-        resized = eval_images(records, self.config.model.image_size, 1, 1)  # type: ignore[arg-type]
+        resized = eval_blocks(records, self.config.model.image_size, 1, 1)  # type: ignore[arg-type]
         return [self.encode(jnp.asarray(image)) for image, _ in resized]
 
     def side(self, text: str) -> TextSide:

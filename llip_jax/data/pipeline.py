@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, UInt8
 
 from llip_jax.config import ConfigError, DataConfig, LimitsConfig, TokenizerConfig, nearest
 from llip_jax.data.captions import Choice, choose_captions, generator
@@ -352,7 +352,7 @@ def eval_blocks(
         index = block * batch_size + process_index * local + offset
         if index < len(source):
             try:
-                image = source[index].image
+                image = read_patiently(source, index, time.sleep).image
                 pixels = open_picture(image, limits).decode(1.0) if isinstance(image, bytes) else image
                 return resize_for_eval(pixels, image_size), np.True_
             except (BadSample, OSError) as error:

@@ -92,7 +92,7 @@ INFERNO = np.array(
 def overlay(
     image: UInt8[np.ndarray, "H W 3"], map: Float[np.ndarray, "height width"], *, side: int = 256
 ) -> UInt8[np.ndarray, "tall wide 3"]:
-    """The map in colours over the picture in grey, for people: the highest patch is lightest, what is not above zero dark.
+    """The map in colours over the picture in grey, for people: lightest at the highest patch, dark from zero down.
 
     Every map is scaled by its own maximum, so that colours of two maps do not compare.
 

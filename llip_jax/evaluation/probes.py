@@ -121,6 +121,7 @@ def linear_probe(
         model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=_ITERATIONS))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # reported as `converged`
+            warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)  # few images a class is fine
             model.fit(train[rows], train_labels[rows])
         progress(1)
         return model

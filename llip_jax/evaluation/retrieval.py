@@ -68,9 +68,13 @@ def retrieve(
             raise ValueError(f"{missing} of {scores.shape[1 - axis]} {queries} have no positive among the {answers}")
     figures: dict[str, float] = {}
     outcomes: dict[str, Outcome] = {}
+    owner = np.empty(scores.shape[1], np.int64)
+    step = max(1, _BLOCK_PAIRS // len(scores))
+    for start in range(0, len(owner), step):  # argmax along columns copies what it is given
+        owner[start : start + step] = positives[:, start : start + step].argmax(axis=0)
     for name, s, p, unit in (
         ("image_to_text", scores, positives, np.arange(len(scores))),
-        ("text_to_image", scores.T, positives.T, positives.argmax(axis=0)),
+        ("text_to_image", scores.T, positives.T, owner),
     ):
         recalls, ranks = _one_direction(s, p, unit, ks)
         own = {f"{name}_recall_at_{k}": recall for k, recall in recalls.items()}

@@ -29,9 +29,9 @@ THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospac
 
 CSS = """
 #examples .grid-wrap {height: auto; min-height: 0; max-height: none; overflow: visible; padding: 2px}
-#examples .grid-container {grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); padding: 0}
+#examples .grid-container {grid-template-columns: repeat(auto-fill, minmax(68px, 1fr)); padding: 0}
 #examples .gallery-item, #examples .thumbnail-item {width: 100%; height: auto; aspect-ratio: 1}
-#classes textarea {max-height: 9em}
+#scores .html-container, #guesses .html-container {padding: 0}
 .cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(148px, 44%), 1fr)); gap: 12px}
 .cards figure {margin: 0; border: 1px solid var(--border-color-primary); border-radius: 8px; overflow: hidden}
 .cards figure.best {border-color: var(--color-accent); box-shadow: 0 0 0 1px var(--color-accent)}
@@ -93,6 +93,7 @@ def build_page(exhibit: Exhibit) -> gr.Blocks:
                     label="Pictures of the run's evaluation set",
                     show_label=False,
                     container=False,
+                    selected_index=0,
                     allow_preview=False,
                     buttons=[],
                     interactive=False,

@@ -48,7 +48,7 @@ def write_page(path: Path, **context: Any) -> Path:
         dashes=plots.DASHES,
         shown=_shown,
     )
-    # A lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark.
+    # Names of folders need not be UTF-8.
     page = environment.get_template("page.html").render(**context).encode("utf-8", "replace")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -64,7 +64,7 @@ def write_report(workdir: Path, step: int | None = None) -> Path:
             "curves",
             "Curves",
             "Loss should fall and flatten, the other curves stay calm: a spike in the gradient norm or time spent "
-            "waiting for data is worth a look.",
+            "waiting for data is worth a look. Bands are 95 % intervals, dotted lines chance.",
             _filled({"Training": training_charts({run.name: run}), "Evaluation": evaluation_charts({run.name: run})}),
         ),
         Section(
@@ -144,13 +144,14 @@ def facts(run: Run) -> dict[str, str]:
     """What a run is, in a few words each."""
     model, train = run.config.model, run.config.train
     tokens = f"{model.mixture_tokens} mixture tokens" if model.mixture_tokens > 1 else "1 image token"
+    done = run.metrics[-1]["step"] if run.metrics else 0
     parameters = re.search(r"^parameters: ([\d,]+)", run.parameters, re.MULTILINE)
     known = {
         "Model": f"{_model(run.config)} {model.size}, {tokens}, {model.image_size} pixels",
         "Parameters": number(int(parameters[1].replace(",", ""))) if parameters else "",
         "Data": _data(run.config),
         "Training": f"{number(train.steps)} steps of {number(train.batch_size)} images",
-        "Trained so far": f"{number(run.metrics[-1]['step'])} steps" if run.metrics else "",
+        "Trained so far": f"{number(done)} steps" if 0 < done < train.steps else "",
         "Evaluated": "not yet" if run.step is None else f"after {number(run.step)} steps",
     }
     return {term: text for term, text in known.items() if text}
@@ -216,13 +217,11 @@ def _breakdowns(results: Mapping[str, Any]) -> list[Breakdown]:
 
 def _robustness(results: Mapping[str, Any]) -> list[tuple[Table, str]]:
     """Of every group of sets: its figures, and which sets they are of."""
-    return [
-        (
-            Table(name, rows(own, name)),
-            f"{', '.join(map(str, own.get('members', [])))}; worst: {own.get('worst_member')}",
-        )
-        for name, own in results.get("robustness", {}).items()
-    ]
+    found = []
+    for name, own in results.get("robustness", {}).items():
+        members = ", ".join(map(str, own.get("members", [])))
+        found.append((Table(name, rows(own, name)), f"Sets: {members}. The worst: {own.get('worst_member')}."))
+    return found
 
 
 def _filled(parts: Mapping[str, Any]) -> dict[str, Any]:

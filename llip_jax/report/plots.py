@@ -33,6 +33,8 @@ _RECESSIVE = 0.16
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.size": 9.5,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "text.color": _INK,
     "text.parse_math": False,
     "axes.edgecolor": _GRID,
@@ -51,6 +53,7 @@ _STYLE: Any = {
     "xtick.labelcolor": _INK,
     "ytick.labelcolor": _INK,
     "ytick.major.size": 0,
+    "ytick.minor.size": 0,
     "xtick.major.size": 3,
 }
 
@@ -145,7 +148,7 @@ def heat(key: str, title: str, values: Sequence[Sequence[float]], *, x_label: st
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         text = f"{rows} by {columns} values from {matrix.min():.3g} to {matrix.max():.3g}."
-        return Chart(title, _svg(figure, key, title, text), [])
+        return Chart(f"{title}: {matrix.min():.2g} to {matrix.max():.2g}", _svg(figure, key, title, text), [])
 
 
 def _thinned(values: Sequence[float]) -> np.ndarray:
