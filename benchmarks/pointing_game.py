@@ -133,32 +133,34 @@ def erased(model: Model, query: Query) -> Float[np.ndarray, "G"]:
     return (left.diagonal() < others).astype(float)
 
 
-def play(run: Path, images: int) -> dict[str, Any]:
-    """Figures of one run."""
+def play(run: Path, images: int, controls: bool = True) -> dict[str, Any]:
+    """Figures of one run; without ``controls`` only those of what is shipped."""
     model, config = load(run), read_config(run)
     if config.data.source != "toyworld" or config.data.toyworld.groups < 2:
         raise ConfigError(f"{run}: expected a run on ToyWorld with data.toyworld.groups of 2 or 3")
     side = model.maps(np.zeros((config.model.image_size,) * 2 + (3,), np.uint8)).shape[-1]
     patch = config.model.image_size // side
-    methods: dict[str, Callable[[Model, Query], Float[np.ndarray, "G height width"]]] = {
-        "caption": lambda model, query: model.maps(query.image, query.captions)[0],
-        "uncaptioned": lambda model, query: model.maps(query.image)[0].repeat(len(query.captions), axis=0),
-        "alike": alike,
-        "rollout": partial(rollout, rollout_of(model.computing)),
-        "occlusion": partial(occlusion, patch),
-    }
     some = queries(config, patch, images)
     unit = np.repeat(np.arange(len(some)), [len(query.captions) for query in some])
     chance = np.concatenate([query.shows.mean(axis=(1, 2)) for query in some])
 
-    def outcome(values: list[Float[np.ndarray, "G"]], chance: Float[np.ndarray, "Q"] | None) -> Outcome:
-        return Outcome(np.concatenate(values), unit, np.ones(len(unit)), chance)
+    def outcome(method: Callable[[Model, Query], Float[np.ndarray, "G height width"]]) -> Outcome:
+        values = np.concatenate([hits(method(model, query), query.shows) for query in some])
+        return Outcome(values, unit, np.ones(len(unit)), None)
 
     outcomes = {
-        name: outcome([hits(method(model, query), query.shows) for query in some], chance)
-        for name, method in methods.items()
+        "caption": outcome(lambda model, query: model.maps(query.image, query.captions)[0]),
+        "uncaptioned": outcome(lambda model, query: model.maps(query.image)[0].repeat(len(query.captions), axis=0)),
     }
-    outcomes["erased"] = outcome([erased(model, query) for query in some], None)
+    differences = {"caption_less_uncaptioned": paired_difference(outcomes["caption"], outcomes["uncaptioned"])}
+    if controls:
+        outcomes |= {
+            "alike": outcome(alike),
+            "rollout": outcome(partial(rollout, rollout_of(model.computing))),
+            "occlusion": outcome(partial(occlusion, patch)),
+            "erased": Outcome(np.concatenate([erased(model, query) for query in some]), unit, np.ones(len(unit)), None),
+        }
+        differences["caption_less_alike"] = paired_difference(outcomes["caption"], outcomes["alike"])
     return {
         "run": run.name,
         "seed": config.seed,
@@ -166,10 +168,9 @@ def play(run: Path, images: int) -> dict[str, Any]:
         "images": len(some),
         "queries": len(unit),
         "chance": float(chance.mean()),
-        **{name: figure for name, figure in figures_of(outcomes).items() if not name.endswith("_chance")},
+        **figures_of(outcomes),
         "intervals": intervals(outcomes),
-        "caption_less_uncaptioned": paired_difference(outcomes["caption"], outcomes["uncaptioned"]),
-        "caption_less_alike": paired_difference(outcomes["caption"], outcomes["alike"]),
+        **differences,
     }
 
 

@@ -124,6 +124,20 @@ def test_neither_batches_nor_padding_show(batch_size: int, counts: list[int]) ->
         assert relative_error(model.score(images[:count], TEXTS[:count]), scores[:count, :count]) < 1e-5
 
 
+def test_maps_are_of_each_picture_and_text_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, texts, model = pictures(5), TEXTS[:3], Model(tiny_weights(), batch_size=4)
+    maps = model.maps(images, texts)
+    assert maps.shape == (5, 3, 4, 4) and maps.dtype == np.float32
+    monkeypatch.setattr(inference, "_MAP_BYTES", 1)  # one picture at a time, however large
+    alone = Model(tiny_weights(), batch_size=4)
+    for i, j in ((0, 2), (4, 0)):
+        assert relative_error(alone.maps(images[i], texts[j]), maps[i : i + 1, j : j + 1]) < 1e-4
+    assert model.maps(images).shape == (5, 1, 4, 4)
+    assert relative_error(alone.maps(images[3]), model.maps(images)[3:4]) < 1e-4
+    with pytest.raises(ConfigError, match="images: expected at least one, got none"):
+        model.maps([], texts)
+
+
 def test_what_was_encoded_scores_as_what_it_was_encoded_from() -> None:
     images, model = pictures(7), model_of()
     encoded, texts = model.encode_image(images), model.encode_text(TEXTS)

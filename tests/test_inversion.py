@@ -42,10 +42,10 @@ def model_of(**changes):
 def test_texts_with_a_known_word_in_the_place_are_found_again(changes):
     (graph, params), rng = model_of(**changes), np.random.default_rng()
     prompt = prompt_with_places(Letters(), 12, prompt="photo")
-    model = nnx.merge(graph, params)
-    tokens = np.repeat(prompt.tokens, 6, axis=0)
-    tokens[:, prompt.places] = rng.integers(3, 300, (6, 1))
-    known = model.text_side(tokens, np.repeat(prompt.mask, 6, axis=0)).embedding
+    tokens = np.repeat(prompt.tokens, 5, axis=0)
+    tokens[:, prompt.places] = rng.integers(3, 300, (5, 1))
+    text_side = jax.jit(lambda params, *text: nnx.merge(graph, params).text_side(*text))
+    known = text_side(params, tokens, np.repeat(prompt.mask, 5, axis=0)).embedding
     start = invert(graph, params, 3 * known, prompt, steps=0)
     found = invert(graph, params, 3 * known, prompt)
     assert (found.cosines > 0.95).all(), found.cosines
@@ -60,7 +60,7 @@ def test_an_image_does_not_depend_on_the_others_and_gives_the_same_again():
     together = invert(graph, params, targets, prompt, steps=10)
     again = invert(graph, params, targets, prompt, steps=10)
     np.testing.assert_array_equal(together.embedding, again.embedding)
-    others = np.concatenate([rng.standard_normal((2, 32)), targets[3:4]]).astype(np.float32)
+    others = np.concatenate([rng.standard_normal((2, 32)), targets[3:], targets[:1]]).astype(np.float32)
     np.testing.assert_allclose(
         invert(graph, params, others, prompt, steps=10).embedding[2], together.embedding[3], atol=1e-4
     )

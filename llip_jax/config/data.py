@@ -172,7 +172,8 @@ class SourceConfig:
     source: SourceFormat = "folder"
     path: str = ""
     """A file, folder or URL; for sharded formats also a pattern with * or {0000..0099}, or several after commas; for
-    `tfds` the name of the data set, as in tfds.load."""
+    `tfds` the name of the data set, as in tfds.load; for `clip_benchmark` the data set's folder, with train/ and
+    test/."""
     eval_path: str = ""
     """Evaluation data of the same format. Empty: the source's own evaluation split or, where the format has none,
     held-out samples."""

@@ -145,7 +145,12 @@ class ClassesConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class EvalSetConfig(SourceConfig, ClassesConfig):
-    """A further evaluation set: all samples at ``path``."""
+    """A further evaluation set: all samples at ``path``.
+
+    Formats with splits give the evaluation split: ``folder.eval_split`` of a list whose records have a split,
+    ``tfds.eval_split``, ``test/`` of clip_benchmark, ToyWorld's. Samples may lack captions unless ``fields.captions``
+    names them.
+    """
 
     label_field: str | None = None
     """Record field with the class: its name, its number among ``classes``, or a list of these (several labels an
@@ -199,6 +204,8 @@ class EvalConfig(ClassesConfig):
                 raise ValueError(f"expected names of letters, digits, - and _ (but not 'own'), got {name!r}")
             if not own.path and own.source != "toyworld":
                 raise ValueError(f"{name} has no path")
+            if own.eval_path or own.eval_samples != SourceConfig().eval_samples:
+                raise ValueError(f"{name}: eval_path and eval_samples have no effect here; path names all samples")
         return value
 
 

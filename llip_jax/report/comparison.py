@@ -1,7 +1,7 @@
 """Several runs side by side, and their differences query by query."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from jaxtyping import Int
 from llip_jax.config import ConfigError, differences
 from llip_jax.evaluation.figures import Outcome, load_outcomes, paired_difference
 from llip_jax.report.curves import evaluation_charts, training_charts
+from llip_jax.report.exhibits import Mapped, Picture, read_exhibits
 from llip_jax.report.figures import Row, label
 from llip_jax.report.html import Section, write_page
 from llip_jax.report.page import facts, figure_sets, split_difference
@@ -39,6 +40,13 @@ class Pairing(NamedTuple):
     def reach(self) -> float:
         """The largest distance from 0 that any interval has: half the width of the drawing."""
         return max(max(abs(row.low), abs(row.high), abs(row.difference)) for row in self.rows) or 1.0
+
+
+class MappedByRuns(NamedTuple):
+    """What the captions of one image look at; ``runs``: of each run its name, its maps, and their pictures by name."""
+
+    name: str
+    runs: list[tuple[str, Mapped, dict[str, Picture]]]
 
 
 class SideBySide(NamedTuple):
@@ -83,6 +91,12 @@ def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:
             "95 % interval of a bootstrap over images. An interval without 0 in it is a difference that other images "
             "would show too; other seeds of training may still differ.",
             [pair(name, base, other) for name, other in others],
+        ),
+        Section(
+            "compared-maps",
+            "What a caption looks at",
+            "The same images and captions, as each run reads them.",
+            _maps(runs),
         ),
         Section(
             "curves",
@@ -183,6 +197,16 @@ def _rows_by_name(outcome: Outcome, names: Sequence[str]) -> dict[str, Int[np.nd
         for unit, rows in zip(units.tolist(), np.split(order, starts[1:]), strict=True)
         if times[names[unit]] == 1
     }
+
+
+def _maps(runs: Mapping[str, Run]) -> list[MappedByRuns]:
+    """The images that every run has maps of."""
+    maps: dict[str, list[tuple[str, Mapped, dict[str, Picture]]]] = {}
+    for name, run in runs.items():
+        exhibits, pictures = read_exhibits(run.workdir / "eval" / str(run.step))
+        for mapped in exhibits.maps:
+            maps.setdefault(mapped.name, []).append((name, mapped, pictures))
+    return [MappedByRuns(image, shown) for image, shown in maps.items() if len(shown) == len(runs)]
 
 
 def _outcomes_file(run: Run) -> Path:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llip_jax.report.figures import headlines, is_number, tables
-from llip_jax.report.plots import SERIES, Chart, Series, lines
+from llip_jax.report.plots import Chart, Series, lines
 from llip_jax.report.run_files import Run
 
 
@@ -33,8 +33,8 @@ def training_charts(runs: Mapping[str, Run]) -> list[Chart]:
     charts = []
     for curve in _TRAINING:
         series = [
-            Series(label, *points, colour)
-            for colour, (label, run) in enumerate(list(runs.items())[:SERIES])
+            Series(label, *points, place)
+            for place, (label, run) in enumerate(runs.items())
             if (points := _points(run.metrics, curve.name))
         ]
         if any(value for one in series for value in one.y):
@@ -47,7 +47,7 @@ def evaluation_charts(runs: Mapping[str, Run]) -> list[Chart]:
     charts = []
     for headline in {row.path: row for run in runs.values() for row in headlines(run.results)}.values():
         series = []
-        for colour, (label, run) in enumerate(list(runs.items())[:SERIES]):
+        for place, (label, run) in enumerate(runs.items()):
             rows = {
                 step: row
                 for step, results in run.evaluations.items()
@@ -59,7 +59,7 @@ def evaluation_charts(runs: Mapping[str, Run]) -> list[Chart]:
                 continue
             ranges = [row.interval for row in rows.values() if row.interval]
             low, high = zip(*ranges, strict=True) if len(ranges) == len(rows) else (None, None)
-            series.append(Series(label, list(rows), [row.value for row in rows.values()], colour, low, high))
+            series.append(Series(label, list(rows), [row.value for row in rows.values()], place, low, high))
         if any(len(one.x) > 1 for one in series):
             charts.append(
                 lines(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
 from llip_jax.report.figures import is_number, label, number
-from llip_jax.report.plots import SERIES, Chart, Series, heat, lines
+from llip_jax.report.plots import Chart, Series, heat, lines
 
 _LEADS = {
     "spectra": "Singular values, the largest set to 1. A curve that drops early uses few of its dimensions; the "
@@ -55,7 +55,7 @@ def _spectra(title: str, lead: str, spectra: Mapping[str, Any]) -> Diagnostic:
     """A line and a row of figures for each embedding."""
     known = {name: spectrum for name, spectrum in spectra.items() if isinstance(spectrum, Mapping)}
     series: list[Series] = []
-    for name, spectrum in list(known.items())[:SERIES]:
+    for name, spectrum in known.items():
         values = spectrum.get("singular_values")
         if _vector(values) and values[0] > 0:
             relative = [value / values[0] for value in values if value > _SMALLEST * values[0]]

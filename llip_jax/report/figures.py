@@ -112,7 +112,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 def label(name: str) -> str:
     """A key in words."""
     text = name.replace("image_to_text_", "image → text ").replace("text_to_image_", "text → image ")
-    text = text.removeprefix("zero_shot/").replace("retrieval/", "").replace("zero_shot", "zero-shot")
+    text = text.replace("retrieval/", "").replace("zero_shot", "zero-shot")
     text = re.sub(r"top_(\d+)", r"top-\1", text)
     words = [_WORDS.get(word, word) for word in text.replace("/", ": ").replace("_", " ").split()]
     text = " ".join(words)

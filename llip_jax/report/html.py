@@ -45,7 +45,7 @@ def write_page(path: Path, **context: Any) -> Path:
     )
     environment.globals.update(
         style=Markup((Path(__file__).parent / "templates" / "style.css").read_text()),
-        dashes=plots.DASHES,
+        stroke=plots.stroke,
         shown=_shown,
     )
     # Names of folders need not be UTF-8.

@@ -90,8 +90,8 @@ def write_report(workdir: Path, step: int | None = None) -> Path:
         Section(
             "words",
             "Words for and against",
-            "How much each word speaks for the image (+) or against it (−, underlined). One that does not fit should "
-            "stand out.",
+            "How much each word speaks for the image (+) or against it (−, underlined). The strongest "
+            "word of a caption is ±1; one that does not fit should stand out.",
             exhibits.mismatch,
         ),
         Section(

@@ -13,15 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-SERIES = 6
-"""Lines that can be told apart in one chart: by colour and by dashes."""
-DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2", "8 3", "3 1 1 1 1 1")
-"""Of each of them, in SVG's terms; the page's legends draw the same."""
-
+_DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2", "8 3", "3 1 1 1 1 1")
 _INCHES = (3.1, 1.95)
 """Small, so that its letters are readable where a chart fills a phone's width."""
 _INK, _GRID = "#0a0b01", "#0a0b02"
-_COLOURS = tuple(f"#0a0c0{n}" for n in range(1, SERIES + 1))
+_COLOURS = tuple(f"#0a0c0{n}" for n in range(1, 7))
 # Stand-ins that matplotlib writes, and the page's variables.
 _VARIABLES = {_INK: "var(--soft)", _GRID: "var(--rule)"} | {
     colour: f"var(--series-{n})" for n, colour in enumerate(_COLOURS, start=1)
@@ -61,23 +57,28 @@ _STYLE: Any = {
 class Series(NamedTuple):
     """A line: [n] values over [n] positions, with an interval around each where there is one.
 
-    colour: 0 to SERIES - 1.
+    place: number among the lines of the chart, which gives the line its look.
     """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    colour: int = 0
+    place: int = 0
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
 
 
 class Chart(NamedTuple):
-    """A drawing, and what the page says about it. ``legend``: names of the lines by colour, where they need any."""
+    """A drawing, and what the page says about it. ``legend``: names and places of lines, where they need any."""
 
     title: str
     svg: Markup
     legend: Sequence[tuple[str, int]]
+
+
+def stroke(place: int) -> tuple[int, str]:
+    """Number of the page's colour, from 1, and dashes in SVG's terms, of a line: 36 looks, all colours first."""
+    return place % len(_COLOURS) + 1, _DASHES[(place + place // len(_COLOURS)) % len(_DASHES)]
 
 
 def lines(
@@ -95,7 +96,7 @@ def lines(
     Args:
         key: of the chart alone in its page.
         title: for people.
-        series: no more than SERIES; with one point only, a dot is drawn.
+        series: a few points are drawn as dots too.
         x_label: what x counts.
         share: y is written in per cent, from 0.
         log: y on a logarithmic axis.
@@ -106,12 +107,12 @@ def lines(
         axes = figure.add_subplot()
         for one in series:
             x, y = (_thinned(values) for values in (one.x, one.y))
-            dash = [float(d) for d in DASHES[one.colour].split()]
-            style: Any = (0, dash) if dash else "solid"
+            number, dashes = stroke(one.place)
+            colour, style = _COLOURS[number - 1], (0, [float(d) for d in dashes.split()]) if dashes else "solid"
             marker = "o" if len(x) <= 12 else ""
-            axes.plot(x, y, color=_COLOURS[one.colour], linestyle=style, linewidth=1.5, marker=marker, markersize=3.2)
+            axes.plot(x, y, color=colour, linestyle=style, linewidth=1.5, marker=marker, markersize=3.2)
             if one.low is not None and one.high is not None:
-                axes.fill_between(one.x, one.low, one.high, color=_COLOURS[one.colour], alpha=_RECESSIVE, linewidth=0)
+                axes.fill_between(one.x, one.low, one.high, color=colour, alpha=_RECESSIVE, linewidth=0)
         if log:
             axes.set_yscale("log")
         if chance is not None:
@@ -126,7 +127,7 @@ def lines(
         if not log:
             axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.set_xlabel(x_label)
-        named = [(one.label, one.colour) for one in series] if len(series) > 1 else []
+        named = [(one.label, one.place) for one in series] if len(series) > 1 else []
         return Chart(title, _svg(figure, key, title, _described(series, share)), named)
 
 

@@ -66,7 +66,7 @@ def prompt_with_places(tokenizer: Tokenizer, length: int, words: int = 1, prompt
     return Prompt(tokens, mask, places)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "steps"))
+@functools.partial(jax.jit, static_argnames="graph")
 def invert(
     graph: nnx.GraphDef[Any], params: Any, targets: Float[Array, "n d"], prompt: Prompt, *, steps: int = STEPS
 ) -> Inverted:
