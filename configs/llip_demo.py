@@ -37,6 +37,11 @@ def get_config(variant: str | None = None) -> ConfigDict:
             "tokenizer": {"name": "trained", "vocabulary_size": 512},
         },
         "checkpoint": {"every_steps": 250},
-        "eval": {"every_steps": 250, "templates": ("a {}", "{}")},
+        "eval": {
+            "every_steps": 250,
+            "templates": ("a {}", "{}"),
+            "choice_field": "choices",
+            "groups": ("colour", "shape", "background"),
+        },
     }
     return with_variant(config, variant)

@@ -72,7 +72,8 @@ def evaluate_run(
         spec = state_spec(config, make_optimizer(config.optimizer, config.train.steps), mesh)
         params = checkpoints.restore_params(step, spec.abstract.params)
         evaluators = {
-            name: Evaluator(config, spec.graph, mesh, eval_set, tokenizer, tasks) for name, eval_set in sets.items()
+            name: Evaluator(config, spec.graph, mesh, eval_set, tokenizer, tasks, progress_of)
+            for name, eval_set in sets.items()
         }
         for name, evaluator in evaluators.items():
             with progress_of(evaluator.work, "item", f"evaluating {name}".rstrip()) as progress:

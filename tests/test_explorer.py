@@ -198,7 +198,9 @@ def test_mistakes_of_the_command_line(
 
 
 _WATCHED = """
-import ipaddress, runpy, sys
+import runpy, signal, sys
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 
 def watch(event, arguments):
     if event == "socket.connect" and isinstance(arguments[1], tuple):
@@ -238,7 +240,6 @@ def explored(workdir: Path, temporary: Path) -> Iterator[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     printed = ""

@@ -95,8 +95,8 @@ def test_page_is_quiet_fits_and_can_be_read_without_eyes_or_mouse(
 def test_hostile_texts_are_shown_as_text(seen: dict[tuple[str, int], dict[str, Any]], name: str) -> None:
     page = seen[name, 360]
     assert page["stolen"] is None and page["scripts"] == 0 and page["handlers"] == 0
-    assert "a<img src=x onerror='window.stolen = 1'>" in page["text"]
-    assert (HOSTILE if name == "report" else "b{{ 7 * 7 }}?") in page["text"]
+    assert HOSTILE in page["text"] and "a<img src=x onerror='window.stolen = 1'>" in page["text"]
+    assert name == "report" or "b{{ 7 * 7 }}?" in page["text"]
 
 
 def test_every_caption_class_and_name_of_the_exhibits_is_on_the_page(

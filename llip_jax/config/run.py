@@ -189,6 +189,13 @@ class EvalConfig(ClassesConfig):
     def _listed(cls, value: Any) -> Any:
         return listed(value)
 
+    @field_validator("tasks")
+    @classmethod
+    def _in_training(cls, value: tuple[Task, ...]) -> tuple[Task, ...]:
+        if later := [task for task in value if task in ("inversion", "exhibits")]:
+            raise ValueError(f"{', '.join(later)}: not while training; expected --tasks of launch/evaluate.py")
+        return value
+
     @field_validator("templates")
     @classmethod
     def _filled(cls, value: tuple[str, ...]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from llip_jax.data.records import BadSample, Record, Source
 from llip_jax.evaluation.class_texts import class_spec, read_templates
 from llip_jax.evaluation.classes import ClassSpec
 from llip_jax.evaluation.reading import Annotation
+from llip_jax.evaluation.scoring import Bar, Progress, silent
 
 Label = str | int
 
@@ -30,7 +31,9 @@ class Annotated(NamedTuple):
     """Of records that cannot be read; '' where there is none."""
 
 
-def annotate(eval_set: EvalSet, own: ClassesConfig, templates: Sequence[str], field: str) -> Annotated:
+def annotate(
+    eval_set: EvalSet, own: ClassesConfig, templates: Sequence[str], field: str, bar: Bar = silent
+) -> Annotated:
     """Reads all records of a set.
 
     Args:
@@ -38,6 +41,7 @@ def annotate(eval_set: EvalSet, own: ClassesConfig, templates: Sequence[str], fi
         own: where its class texts come from.
         templates: prompts where ``own`` and the set itself name none.
         field: what the configuration calls the set ("eval" the run's own), for errors.
+        bar: of progress.
 
     Raises:
         ConfigError: the set is empty or none of its records can be read, a label or a choice is not as expected, or
@@ -46,7 +50,8 @@ def annotate(eval_set: EvalSet, own: ClassesConfig, templates: Sequence[str], fi
     source = eval_set.source
     if not len(source):
         raise ConfigError(f"{field}: expected at least one sample, got none")
-    records, problem = _records(source)
+    with bar(len(source), "record", "reading captions") as progress:
+        records, problem = _records(source, progress)
     if not any(records):
         raise ConfigError(f"{field}: none of the {len(source)} images can be read; the first: {problem}")
     setting = "data.label_field" if field == "eval" else f"{field}.label_field"
@@ -73,7 +78,7 @@ def annotate(eval_set: EvalSet, own: ClassesConfig, templates: Sequence[str], fi
     return Annotated(annotations, classes, multi_label, problem)
 
 
-def _records(source: Source) -> tuple[list[Record | None], str]:
+def _records(source: Source, progress: Progress) -> tuple[list[Record | None], str]:
     """Records without their pictures, which would not fit memory, and the first problem."""
     problem = ""
     records: list[Record | None] = []
@@ -83,6 +88,7 @@ def _records(source: Source) -> tuple[list[Record | None], str]:
         except (BadSample, OSError) as error:  # left out of every evaluation, also should it become readable
             problem = problem or str(error)
             records.append(None)
+        progress(1)
     return records, problem
 
 

@@ -19,13 +19,12 @@ from llip_jax.data.tokenizers import Tokenizer
 from llip_jax.evaluation.annotations import annotate, training_labels
 from llip_jax.evaluation.reading import Annotation, Labelled, Own, Reading
 from llip_jax.evaluation.scorers import SCORERS, mean_text
-from llip_jax.evaluation.scoring import Progress, own_scores, score_blocks, to_all_devices
+from llip_jax.evaluation.scoring import Bar, Progress, own_scores, score_blocks, silent, to_all_devices
 from llip_jax.evaluation.tasks import run_tasks
 from llip_jax.evaluation.texts import texts_of
 from llip_jax.ops.pair_scores import ImageSide, TextSide, normalize
 from llip_jax.parallel.mesh import batch_shards
 from llip_jax.parallel.sharding import batch_sharding
-
 
 EMBEDDINGS = ("unconditioned", "tower", "patches")
 """Of an image; see ``Reading.embeddings``."""
@@ -63,6 +62,7 @@ class Evaluator:
 
     Args:
         tasks: what is done; None: ``eval.tasks``.
+        bar: of the progress of reading annotations.
 
     Raises:
         ConfigError: eval.batch_size does not divide over the mesh, or the set's annotations cannot be used (annotate).
@@ -76,6 +76,7 @@ class Evaluator:
         eval_set: EvalSet,
         tokenizer: Tokenizer,
         tasks: Sequence[Task] | None = None,
+        bar: Bar = silent,
     ):
         shards = batch_shards(mesh)
         if config.eval.batch_size % shards:
@@ -87,7 +88,7 @@ class Evaluator:
         self._tasks = frozenset(config.eval.tasks if tasks is None else tasks)
         own = config.eval.sets[eval_set.name] if eval_set.name else config.eval
         self._field = f"eval.sets.{eval_set.name}" if eval_set.name else "eval"
-        self._known = annotate(eval_set, own, config.eval.templates, self._field)
+        self._known = annotate(eval_set, own, config.eval.templates, self._field, bar)
         self._texts = texts_of(self._known, self._tasks)
         self._train = None
         if self._tasks & {"knn", "linear_probe"} and self._known.classes is not None and not self._known.multi_label:
@@ -147,7 +148,7 @@ class Evaluator:
         captions = own_texts.listed[: own_texts.captions]
         positives = _positives(annotations, captions)
         # A text whose only image could not be read is nobody's caption here.
-        answerable: np.ndarray = positives.any(axis=0)
+        answerable = np.any(positives, axis=0)
         kept = np.concatenate([answerable, np.full(len(own_texts.listed) - len(captions), True)])
         new_row = np.cumsum(kept) - 1
         own = {

@@ -16,8 +16,8 @@ from llip_jax.evaluation.diagnostics import attribution, inversion
 from llip_jax.evaluation.exhibits import CAPTIONS, Picture, spread
 from llip_jax.evaluation.maps import caption_maps, uncaptioned_maps
 from llip_jax.evaluation.reading import Reading
-from llip_jax.evaluation.scoring import Progress
-from llip_jax.evaluation.tasks import Bar, LeftOut
+from llip_jax.evaluation.scoring import Bar, Progress
+from llip_jax.evaluation.tasks import LeftOut
 from llip_jax.ops.pair_scores import TextSide
 
 ATTRIBUTED = 64

@@ -5,8 +5,10 @@ the image mixed by the text it is compared with), in a loop over pieces that fit
 the host while the next block is computed.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +29,15 @@ Side = TypeVar("Side", bound=ImageSide | TextSide)
 
 Progress = Callable[[int], Any]
 """Called with the number of images done since the last call."""
+
+Bar = Callable[[int, str, str], AbstractContextManager[Progress]]
+"""Of a total, a unit and a label: a progress bar for what may take longer than a few seconds."""
+
+
+@contextlib.contextmanager
+def silent(total: int, unit: str, label: str) -> Iterator[Progress]:
+    """No progress bar."""
+    yield lambda _: None
 
 
 def score(

@@ -1,8 +1,6 @@
 """From what a pass has read to figures, task by task."""
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -11,26 +9,17 @@ from llip_jax.config import ConfigError, EvalConfig, Task
 from llip_jax.evaluation.choice import choice_outcomes
 from llip_jax.evaluation.classes import ClassSpec
 from llip_jax.evaluation.classification import accuracy_outcomes, mean_average_precision_outcomes
-from llip_jax.evaluation.diagnostics.figures import diagnostic_figures
+from llip_jax.evaluation.diagnostics.figures import PARTS, diagnostic_figures
 from llip_jax.evaluation.figures import Outcome, Result, figures_of
 from llip_jax.evaluation.probes import INVERSE_REGULARIZATIONS, knn, linear_probe
 from llip_jax.evaluation.reading import Reading
 from llip_jax.evaluation.retrieval import retrieve
-from llip_jax.evaluation.scoring import Progress
+from llip_jax.evaluation.scoring import Bar, silent
 from llip_jax.evaluation.two_stage import shortlist, two_stage_figures
-
-Bar = Callable[[int, str, str], AbstractContextManager[Progress]]
-"""Of a total, a unit and a label: a progress bar, whose value takes what has been done since the last call."""
 
 
 class LeftOut(Exception):
     """A task that the set has nothing for; the message says what it lacks."""
-
-
-@contextlib.contextmanager
-def silent(total: int, unit: str, label: str) -> Iterator[Progress]:
-    """No progress bar."""
-    yield lambda _: None
 
 
 def run_tasks(reading: Reading, tasks: Collection[Task], config: EvalConfig, bar: Bar = silent) -> Result:
@@ -135,7 +124,8 @@ def probes(probe: Callable[..., Result], steps: int | None = None) -> Run:
 
 def diagnostics(reading: Reading, config: EvalConfig, bar: Bar) -> dict[str, Result]:
     """What embeddings and mixing weights look like."""
-    return {"diagnostics": Result(diagnostic_figures(reading, config.groups), {})}
+    with bar(PARTS, "part", "diagnostics") as progress:
+        return {"diagnostics": Result(diagnostic_figures(reading, config.groups, progress), {})}
 
 
 def classes_of(reading: Reading) -> ClassSpec:

@@ -14,8 +14,9 @@ _LEADS = {
     "geometry": "Alignment (low is good): how near images are to their captions. Uniformity (low is good): how evenly "
     "embeddings are spread. Modality gap: how far the mean image is from the mean text.",
     "schur": "How varied the images are beyond what their texts say (Schur complement entropy).",
-    "inversion": "Whether images find images, and texts texts, better than each finds the other.",
-    "attribution": "How well words that do not fit an image are found.",
+    "inversion": "Images of the same kind found by an image itself (intra-modal), and by a text made to stand for it "
+    "(inter-modal).",
+    "attribution": "How well words that do not fit are found: an image's own captions against those of other images.",
 }
 _FEW = 12
 """A list of so many numbers is written out; a longer one is drawn."""
@@ -75,7 +76,8 @@ def _by_shape(title: str, lead: str, name: str, values: Mapping[str, Any]) -> Di
     charts: list[Chart] = []
 
     def add(path: tuple[str, ...], value: Any, chance: Any = None) -> None:
-        key, words = f"diagnostic-{name}-{'-'.join(path)}", ": ".join(_TITLES.get(part, label(part)) for part in path)
+        key = f"diagnostic-{name}-{'-'.join(path)}"
+        words = _TITLES.get(path[-1], label("/".join(path))) if path else title
         if isinstance(value, Mapping):
             for part, own in value.items():
                 if part.removesuffix("_chance") not in value.keys() - {part}:

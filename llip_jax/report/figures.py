@@ -26,6 +26,15 @@ _HEADLINES = {
     "choice/accuracy": "Image-caption choice",
 }
 _WORDS = {"knn": "k-NN", "k": "k", "map": "mAP", "auroc": "AUROC"}
+_PHRASES = {
+    "image_to_text": "image → text",
+    "text_to_image": "text → image",
+    "zero_shot": "zero-shot",
+    "per_class": "per-class",
+    "intra_modal": "intra-modal",
+    "inter_modal": "inter-modal",
+    "f_clip_score": "F-CLIPScore",
+}
 _SHARE = re.compile(r"accuracy|recall|precision|share|overlap|shortlist$")
 _THIN = "\u202f"
 """No-break space between a number and its unit."""
@@ -111,8 +120,9 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 def label(name: str) -> str:
     """A key in words."""
-    text = name.replace("image_to_text_", "image → text ").replace("text_to_image_", "text → image ")
-    text = text.replace("retrieval/", "").replace("zero_shot", "zero-shot")
+    text = name.replace("retrieval/", "")
+    for key, written in _PHRASES.items():
+        text = text.replace(key, written)
     text = re.sub(r"top_(\d+)", r"top-\1", text)
     words = [_WORDS.get(word, word) for word in text.replace("/", ": ").replace("_", " ").split()]
     text = " ".join(words)
@@ -126,8 +136,14 @@ def percent(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """Two digits behind the point, and always a sign."""
-    return f"{value:+.2f}".replace("-", "−")
+    """Two digits behind the point and a sign; none for what rounds to 0."""
+    text = f"{value:+.2f}".replace("-", "−")
+    return "0.00" if text[1:] == "0.00" else text
+
+
+def score(value: float) -> str:
+    """A cosine."""
+    return f"{value:.3f}".replace("-", "−")
 
 
 def number(value: float) -> str:

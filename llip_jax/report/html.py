@@ -41,7 +41,7 @@ def write_page(path: Path, **context: Any) -> Path:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=figures.percent, number=figures.number, signed=figures.signed, label=figures.label
+        percent=figures.percent, number=figures.number, signed=figures.signed, score=figures.score, label=figures.label
     )
     environment.globals.update(
         style=Markup((Path(__file__).parent / "templates" / "style.css").read_text()),

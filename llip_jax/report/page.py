@@ -82,16 +82,16 @@ def write_report(workdir: Path, step: int | None = None) -> Path:
         Section(
             "maps",
             "What a caption looks at",
-            "One image, read in several ways: each map shows the patches that its representation comes from once a "
-            "caption has mixed it. Maps that follow their captions away from the first one are what a text-conditioned "
-            "model is for.",
+            "One image, read in several ways: a map shows the patches that the representation comes from once a caption "
+            "has mixed it, the brightest most; each is scaled by itself. Maps that leave the first one and follow their "
+            "captions are what a text-conditioned model is for.",
             exhibits.maps,
         ),
         Section(
             "words",
             "Words for and against",
-            "How much each word speaks for the image (+) or against it (−, underlined). The strongest "
-            "word of a caption is ±1; one that does not fit should stand out.",
+            "Captions of other images, word by word: which speak for this image (+) and which against it (−, "
+            "underlined), the strongest being ±1. Words that do not fit should be negative.",
             exhibits.mismatch,
         ),
         Section(

@@ -91,7 +91,7 @@ def train(config: Config, workdir: Path, *, clock: Callable[[], float] = time.pe
         compiling = background.submit(compile_step, train_step, config, spec, mesh)
         tokenizer = own_tokenizer(config, source, workdir)
         run_directory.keep_tokenizer(workdir, tokenizer)
-        evaluator = Evaluator(config, spec.graph, mesh, eval_set, tokenizer)
+        evaluator = Evaluator(config, spec.graph, mesh, eval_set, tokenizer, bar=progress_of)
         print(f"data: {source.summary()} to train on, {len(eval_set.source):,} samples to evaluate", flush=True)
         data_ready = clock()
         identity = {**source.identity(), "tokenizer": tokenizer.fingerprint}

@@ -11,17 +11,25 @@ from llip_jax.evaluation.diagnostics.mixtures import mixture_figures
 from llip_jax.evaluation.diagnostics.schur import schur_figures
 from llip_jax.evaluation.diagnostics.spectra import spectra_figures
 from llip_jax.evaluation.reading import Reading
+from llip_jax.evaluation.scoring import Progress
 
 _MOST_VALUES = 256
 """A field with more values than this is no factor: nearly every image would have one of its own."""
 
 
-def diagnostic_figures(reading: Reading, fields: Sequence[str] = ()) -> dict[str, Any]:
-    """``spectra`` of every embedding, and where images have captions ``geometry``, ``schur`` and ``mixture``.
+PARTS = 4
+"""Times that ``diagnostic_figures`` reports progress, at most."""
+
+
+def diagnostic_figures(
+    reading: Reading, fields: Sequence[str] = (), progress: Progress = lambda _: None
+) -> dict[str, Any]:
+    """``spectra`` of every embedding, and where images have captions ``geometry``, ``mixture`` and ``schur``.
 
     Args:
         reading: of the set.
         fields: record fields whose values are factors: how much of the embeddings' variance goes with them.
+        progress: called with 1 after each of these.
     """
     embeddings = dict(reading.embeddings)
     own = reading.captions
@@ -34,13 +42,15 @@ def diagnostic_figures(reading: Reading, fields: Sequence[str] = ()) -> dict[str
     embeddings["text"] = reading.text_embedding[: len(reading.texts)]
     pairs = (reading.embeddings["unconditioned"], mixed, reading.text_embedding, own.text, own.mask)
     factors = {field: factor for field in fields if (factor := _indicators(reading.groups(field))) is not None}
-    figures = {
-        "spectra": spectra_figures(embeddings),
-        "geometry": geometry_figures(*pairs),
-        "schur": schur_figures(*pairs, factors),
-    }
+    figures: dict[str, Any] = {"spectra": spectra_figures(embeddings)}
+    progress(1)
+    figures["geometry"] = geometry_figures(*pairs)
+    progress(1)
     if own.weights is not None:
         figures["mixture"] = mixture_figures(own.weights, own.mask, own.mixed)
+    progress(1)
+    figures["schur"] = schur_figures(*pairs, factors)
+    progress(1)
     return figures
 
 
