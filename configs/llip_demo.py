@@ -41,7 +41,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
             "every_steps": 250,
             "templates": ("a {}", "{}"),
             "choice_field": "choices",
-            "groups": ("colour", "shape", "background"),
+            "groups": ("colour", "shape", "background", "choice_aspect"),
         },
     }
     return with_variant(config, variant)

@@ -13,7 +13,7 @@ from llip_jax.config_files import overridden
 from llip_jax.data.evaluation_sets import build_eval_set
 from llip_jax.evaluation import clip_benchmark
 from llip_jax.evaluation.evaluator import Evaluator
-from llip_jax.evaluation.exhibits import MISMATCHES, Pictures, galleries, mapped, spread
+from llip_jax.evaluation.exhibits import MISMATCHES, Pictures, galleries, mapped
 from llip_jax.evaluation.figures import Outcome, by_group, intervals, robustness, save_outcomes
 from llip_jax.evaluation.looks import Looks
 from llip_jax.evaluation.maps import overlay
@@ -114,7 +114,7 @@ def _look_at(reading: Reading, looks: Looks, tasks: Sequence[Task], config: Eval
     figures = _with_intervals(result.figures, result.outcomes)
     mismatches: list[dict[str, Any]] = []
     if "diagnostics" in tasks and looks.attributed:
-        with progress_of(2 * len(looks.attributed), "image", "attributing words") as progress:
+        with progress_of(2 * len(looks.attributed) + MISMATCHES, "image", "attributing words") as progress:
             figures["diagnostics"]["attribution"], mismatches = looks.words(progress)
     if "inversion" in tasks:
         try:
@@ -129,10 +129,7 @@ def _look_at(reading: Reading, looks: Looks, tasks: Sequence[Task], config: Eval
         exhibits = galleries(reading, result.outcomes, pictures)
         if looks.has_maps:
             exhibits["maps"] = mapped(reading, looks.maps, overlay, pictures)
-        exhibits["mismatch"] = [
-            {"image": pictures.of(mismatches[index]["row"]), **mismatches[index]}
-            for index in spread(range(len(mismatches)), MISMATCHES)
-        ]
+        exhibits["mismatch"] = [{"image": pictures.of(shown["row"]), **shown} for shown in mismatches]
         write_json(folder / "exhibits.json", exhibits)
     return _Found(figures, result.outcomes, [own.name for own in reading.annotations])
 

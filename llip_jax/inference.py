@@ -41,7 +41,7 @@ Picture = Image.Image | Pixels | str | Path | bytes
 """An open picture, its pixels, the path of its file, or what is in the file."""
 
 TEMPLATES = EvalConfig().templates
-_MAP_BYTES = 256 * 2**20
+_MAP_BYTES = 2**30
 """Of attention weights and their gradients, about, while maps are made."""
 
 

@@ -53,8 +53,9 @@ def model_of(name):
     return graph, jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params)
 
 
-@pytest.mark.parametrize("through_queries", [True, False])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "through_queries"), [("llip", True), ("llip", False), ("clip", True), ("siglip", True)]
+)
 def test_an_attribution_is_what_the_cosine_gains_as_attention_to_the_token_grows(name, through_queries):
     """Finite differences, one token at a time: all its attention weights a little larger, then smaller."""
     (graph, params), rng = model_of(name), np.random.default_rng()
@@ -231,7 +232,7 @@ def measured_on_toyworld(seed: int):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_planted_misaligned_words_are_found(seed):
-    """Colours of objects were found in 59 to 70 % of captions (true ones taken for wrong in 36 to 39 %, chance 12 %)."""
+    """Colours of objects were found in 59 to 70 % of captions; true ones were lowest in 36 to 39 % (chance 12 %)."""
     of_objects, of_backgrounds = measured_on_toyworld(seed)
     assert of_objects["found"] > of_objects["chance"] + 0.3
     assert of_objects["found"] > of_objects["found_true"] + 0.15

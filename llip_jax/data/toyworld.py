@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping
 from random import Random
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -48,8 +48,8 @@ class ToyWorld:
     for each group), the same of the first group as fields of their own, ``background``, ``boxes`` [n, 4] and
     ``entities`` [n] (see Scene), ``label`` (index into ``classes()``), ``scene`` (number of the scene shown), and for
     each caption ``caption_scenes`` (number of the scene it was written for: another one where it is noise) and
-    ``caption_aspects`` (what it mentions). Evaluation adds ``choices`` (a true caption, then false ones) and
-    ``choice_aspects`` (of each false one the aspect in which it differs from the true one).
+    ``caption_aspects`` (what it mentions). Evaluation adds ``choices`` (a true caption and a false one) and
+    ``choice_aspect`` (in which the two differ).
     """
 
     def __init__(self, config: ToyWorldConfig, split: Literal["train", "eval"], image_size: int) -> None:
@@ -181,13 +181,16 @@ class ToyWorld:
             captions.append(_Caption(text, source, aspects))
         return captions
 
-    def _write_choices(self, index: int, scene: Scene) -> dict[str, tuple[str, ...]]:
+    def _write_choices(self, index: int, scene: Scene) -> dict[str, Any]:
+        # Two only: of several captions that each change another aspect, the true one lies in the middle, and a model
+        # that sees no difference would choose it less often than one in so many times.
         rng = self._stream("choices", index)
         false: dict[str, str] = {}
         while not false:  # A caption of sizes alone may have no false variant.
             aspects = rng.sample(ASPECTS, rng.randint(*self.config.aspects))
             true, false = distract(scene, aspects, rng.getrandbits(64))
-        return {"choices": (true, *false.values()), "choice_aspects": tuple(false)}
+        aspect = rng.choice(list(false))
+        return {"choices": (true, false[aspect]), "choice_aspect": aspect}
 
 
 def _digest(data: bytes) -> str:

@@ -62,7 +62,6 @@ BACKGROUND_PREPOSITIONS = ("on", "against")
 GENERIC_NOUNS = ("shape", "object", "figure")
 BACKGROUND_ONLY = ("{} background", "{} backdrop")
 PICTURE_OPENINGS = ("a picture of", "an image of", "a drawing of")
-MOST_FALSE = 4
 USUAL = 0.7
 """Chance of the usual word where there are others."""
 
@@ -97,7 +96,7 @@ def describe(scene: Scene, aspects: Collection[str], rng: Random) -> str:
 
 
 def distract(scene: Scene, aspects: Sequence[str], seed: int) -> tuple[str, dict[str, str]]:
-    """A true caption of the scene, and up to ``MOST_FALSE`` false ones that differ from it in one of the aspects each.
+    """A true caption of the scene, and false ones that differ from it in one of the aspects each.
 
     Args:
         scene: what is described.
@@ -111,8 +110,6 @@ def distract(scene: Scene, aspects: Sequence[str], seed: int) -> tuple[str, dict
     true, rng = describe(scene, aspects, Random(seed)), Random(f"distract {seed}")
     false: dict[str, str] = {}
     for aspect in aspects:
-        if len(false) == MOST_FALSE:
-            break
         # Changes of groups that the caption does not speak of leave it as it is.
         texts = (describe(changed, aspects, Random(seed)) for changed in _changed(scene, aspect, aspects, rng))
         if (text := next((text for text in texts if text != true), None)) is not None:

@@ -13,7 +13,7 @@ from llip_jax.data.images import open_picture, resize_for_eval
 from llip_jax.data.records import Source
 from llip_jax.data.tokenizers import Tokenizer
 from llip_jax.evaluation.diagnostics import attribution, inversion
-from llip_jax.evaluation.exhibits import CAPTIONS, Picture, spread
+from llip_jax.evaluation.exhibits import CAPTIONS, MISMATCHES, Picture, spread
 from llip_jax.evaluation.maps import caption_maps, uncaptioned_maps
 from llip_jax.evaluation.reading import Reading
 from llip_jax.evaluation.scoring import Bar, Progress
@@ -82,36 +82,38 @@ class Looks:
 
     def words(self, progress: Progress) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Attribution figures of images evenly spread over the set, held against a caption of their own and against
-        the foreign one that scores best; and the latter as exhibits, each with its ``row``."""
-        reading = self._reading
-        rows = self.attributed
-        foreign = attribution.hardest_mismatches(reading.caption_scores[rows], reading.positives[rows])
-        pictures = np.stack([self.seen(row) for row in rows])
-        own, other = (
-            attribution.attribute_words(
+        one of the next image; and exhibits: some of them with the foreign caption that scores best."""
+        reading, rows = self._reading, self.attributed
+        pictures = {row: self.seen(row) for row in rows}
+
+        def attributed(rows: Sequence[int], texts: Sequence[str]) -> list[attribution.Words]:
+            return attribution.attribute_words(
                 self._graph,
                 self._params,
-                pictures,
+                np.stack([pictures[row] for row in rows]),
                 texts,
                 self._tokenizer,
                 self._config.model.text.length,
                 progress=progress,
             )
-            for texts in (
-                [reading.annotations[row].captions[0] for row in rows],
-                [reading.texts[column] for column in foreign],
-            )
+
+        own_texts = [reading.annotations[row].captions[0] for row in rows]
+        figures = attribution.attribution_figures(
+            attributed(rows, own_texts), attributed(rows, [*own_texts[1:], *own_texts[:1]])
         )
+        shown = spread(rows, MISMATCHES).tolist()
+        best = attribution.hardest_mismatches(reading.caption_scores[shown], reading.positives[shown])
         exhibits = [
             {"row": row, "name": reading.annotations[row].name, **attribution.exhibit(pair)}
-            for row, pair in zip(rows, other, strict=True)
+            for row, pair in zip(shown, attributed(shown, [reading.texts[column] for column in best]), strict=True)
         ]
-        return attribution.attribution_figures(own, other), exhibits
+        return figures, exhibits
 
     @property
     def attributed(self) -> list[int]:
-        """The images whose words are attributed."""
-        return spread(np.flatnonzero(self._reading.positives.any(axis=1)), ATTRIBUTED).tolist()
+        """The images whose words are attributed: some that have captions and that not all captions belong to."""
+        own = self._reading.positives
+        return spread(np.flatnonzero(own.any(axis=1) & ~own.all(axis=1)), ATTRIBUTED).tolist()
 
     def inversion(self, bar: Bar) -> dict[str, Any]:
         """Image to image retrieval by embeddings and by pseudo-words (evaluation/diagnostics/inversion.py).

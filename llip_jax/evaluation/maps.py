@@ -1,8 +1,12 @@
 """Which patches of an image agree with a caption: the caption's mixture, carried through the tower's attention.
 
 A Llip reads one image in many ways (arXiv 2405.00740, section 3): a caption mixes the K mixture tokens into the vector
-that it is compared with. What the tokens know of the patches they took through attention. The map of (image, caption)
-multiplies the two, edge by edge.
+that it is compared with. What the tokens know of the patches they took through attention; a map follows the caption's
+cosine back along both.
+
+The mixing weights on the tokens' attention alone (rolled out, arXiv 2005.00928) are no such map: on ToyWorld's scenes
+of two groups they do not tell the named one from the other, for two captions mix much the same tokens, and tokens look
+at all objects. What tells them is the direction of the caption in what the tokens took (benchmarks/pointing_game.py).
 """
 
 from collections.abc import Callable
@@ -31,12 +35,13 @@ def caption_maps(
 
     where the mixing weights w of (image, caption) stay as they are. The derivative is what the patch writes into the
     token, through the layers above, times the token's weight in the mixture, along the text. Of attention pooling the
-    sum runs over its heads and queries. A patch that speaks against the caption is negative.
+    sum runs over its heads and queries. A patch that speaks against the caption is negative. What patches took from
+    each other counts where the tokens found it.
 
-    Image towers without a mixer (class token, registers, learned average) have maps too: their vector is the same for
-    all captions, but each caption is compared with another direction of it.
+    Models without a mixer (class token, registers, learned average) have maps too: their vector is the same for all
+    captions, but each caption asks for another direction of it.
 
-    Memory: about five times layers x heads x S^2 float32 numbers an image, whatever the number of captions.
+    Memory: about ten times layers x heads x S^2 float32 numbers an image, whatever the number of captions.
 
     Args:
         model: whose vision tower shows its attention.
@@ -63,8 +68,8 @@ def caption_maps(
 def uncaptioned_maps(model: DualEncoder, images: UInt8[Array, "n H W 3"]) -> Float[Array, "n height width"]:
     """Which patches the embedding that no caption has conditioned comes from.
 
-    The map of :func:`caption_maps` with the mixture tokens weighted alike, and with s = |z|, the length of the
-    vector, in place of its cosine with a text.
+    The map of :func:`caption_maps` with the mixture tokens weighted alike, and with s = |z|, the length of the vector,
+    in place of its cosine with a text.
 
     Raises:
         ConfigError: the vision tower is big_vision's.
@@ -80,7 +85,7 @@ def uncaptioned_maps(model: DualEncoder, images: UInt8[Array, "n H W 3"]) -> Flo
 
 def map_bytes(model: DualEncoder) -> int:
     """What the maps of one image take, about: attention weights, their gradients, and what lies between."""
-    return 5 * sum(4 * x.size for x in jax.tree.leaves(jax.eval_shape(lambda: _tower(model).no_offsets(1))))
+    return 10 * sum(4 * x.size for x in jax.tree.leaves(jax.eval_shape(lambda: _tower(model).no_offsets(1))))
 
 
 INFERNO = np.array(

@@ -135,7 +135,9 @@ def build_page(exhibit: Exhibit) -> gr.Blocks:
         ):
             chosen.success(compared, [subject, captions], scores, **private)
             chosen.success(guessed, [subject, classes], guesses, **private)
-        gr.on([page.load, captions.input, captions.submit, button.click], compared, [subject, captions], scores, **live)
+        gr.on(
+            [page.load, captions.change, captions.submit, button.click], compared, [subject, captions], scores, **live
+        )
         gr.on([page.load, classes.blur, classes.submit, button.click], guessed, [subject, classes], guesses, **live)
     return page.queue(max_size=32, api_open=False)
 
@@ -147,7 +149,8 @@ def comparison_html(comparison: Comparison) -> str:
     """The picture under every map, with the scores."""
     word = "match" if comparison.by_itself else "share"
     best = int(np.argmax(comparison.cosines))
-    plain, *maps = comparison.maps or [None] * (1 + len(comparison.captions))
+    under_maps: list[Pixels | None] = [*comparison.maps] or [None for _ in range(1 + len(comparison.captions))]
+    plain, *maps = under_maps
     cards = [_card(comparison.shown, "The picture", "the square that the model sees")]
     if plain is not None:
         cards.append(_card(plain, "No caption", "what the unconditioned embedding shows"))

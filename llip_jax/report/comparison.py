@@ -43,10 +43,10 @@ class Pairing(NamedTuple):
 
 
 class MappedByRuns(NamedTuple):
-    """What the captions of one image look at; ``runs``: of each run its name, its maps, and their pictures by name."""
+    """What the captions of one image look at; ``runs``: by name, each run's maps and their pictures."""
 
     name: str
-    runs: list[tuple[str, Mapped, dict[str, Picture]]]
+    runs: dict[str, tuple[Mapped, dict[str, Picture]]]
 
 
 class SideBySide(NamedTuple):
@@ -89,7 +89,7 @@ def write_comparison(workdirs: Sequence[Path], out: Path) -> Path:
             "Paired differences",
             f"The same queries answered by {first} and by another run: what that one gains (+) or loses (−), with a "
             "95 % interval of a bootstrap over images. An interval without 0 in it is a difference that other images "
-            "would show too; other seeds of training may still differ.",
+            "would likely show too; other seeds of training may still differ.",
             [pair(name, base, other) for name, other in others],
         ),
         Section(
@@ -201,11 +201,11 @@ def _rows_by_name(outcome: Outcome, names: Sequence[str]) -> dict[str, Int[np.nd
 
 def _maps(runs: Mapping[str, Run]) -> list[MappedByRuns]:
     """The images that every run has maps of."""
-    maps: dict[str, list[tuple[str, Mapped, dict[str, Picture]]]] = {}
+    maps: dict[str, dict[str, tuple[Mapped, dict[str, Picture]]]] = {}
     for name, run in runs.items():
         exhibits, pictures = read_exhibits(run.workdir / "eval" / str(run.step))
         for mapped in exhibits.maps:
-            maps.setdefault(mapped.name, []).append((name, mapped, pictures))
+            maps.setdefault(mapped.name, {})[name] = (mapped, pictures)
     return [MappedByRuns(image, shown) for image, shown in maps.items() if len(shown) == len(runs)]
 
 

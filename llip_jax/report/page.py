@@ -82,9 +82,9 @@ def write_report(workdir: Path, step: int | None = None) -> Path:
         Section(
             "maps",
             "What a caption looks at",
-            "One image, read in several ways: a map shows the patches that the representation comes from once a caption "
-            "has mixed it, the brightest most; each is scaled by itself. Maps that leave the first one and follow their "
-            "captions are what a text-conditioned model is for.",
+            "One image, read in several ways: a map shows the patches that the representation comes from once a "
+            "caption has mixed it, the brightest most; each is scaled by itself. Maps that leave the first one and "
+            "follow their captions are what a text-conditioned model is for.",
             exhibits.maps,
         ),
         Section(
@@ -116,7 +116,7 @@ def write_report(workdir: Path, step: int | None = None) -> Path:
             "left-out",
             "Left out",
             "What was not measured, and why.",
-            {label(task): reason for task, reason in results.get("left_out", {}).items()},
+            _left_out(results),
         ),
         Section(
             "configuration",
@@ -212,6 +212,14 @@ def _breakdowns(results: Mapping[str, Any]) -> list[Breakdown]:
         rows = [(value, own.get("queries") or 0, [own.get(name) for name in columns]) for value, own in groups.items()]
         if columns:
             found.append(Breakdown(field, columns, rows))
+    return found
+
+
+def _left_out(results: Mapping[str, Any]) -> dict[str, str]:
+    """Reasons by task, those of further sets with the set's name."""
+    found = {label(task): reason for task, reason in results.get("left_out", {}).items()}
+    for name, own in results.get("sets", {}).items():
+        found |= {f"{name}: {label(task)}": reason for task, reason in own.get("left_out", {}).items()}
     return found
 
 

@@ -135,15 +135,16 @@ def heat(key: str, title: str, values: Sequence[Sequence[float]], *, x_label: st
     """A matrix [rows, columns] as squares, the fuller the larger the (non-negative) value."""
     matrix = np.nan_to_num(np.asarray(values, float))
     rows, columns = matrix.shape
-    most = float(matrix.max()) or 1.0
+    shares = np.clip(matrix / (max(matrix.max(), 0.0) or 1.0), 0, 1)
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": key, "axes.grid": False, "axes.spines.bottom": False}):
         figure = Figure((_INCHES[0], min(_INCHES[1], 0.6 + 0.25 * rows)), layout="constrained")
         axes = figure.add_subplot()
         for row in range(rows):
             for column in range(columns):
-                share = max(float(matrix[row, column]) / most, 0)
                 place = (column + 0.54, row + 0.54)
-                axes.add_patch(Rectangle(place, 0.92, 0.92, facecolor=_COLOURS[0], alpha=0.05 + 0.95 * share))
+                axes.add_patch(
+                    Rectangle(place, 0.92, 0.92, facecolor=_COLOURS[0], alpha=0.05 + 0.95 * shares[row, column])
+                )
         axes.set(xlim=(0.5, columns + 0.5), ylim=(rows + 0.5, 0.5), xlabel=x_label, ylabel=y_label)
         axes.tick_params(length=0)
         for axis in (axes.xaxis, axes.yaxis):
@@ -156,11 +157,8 @@ def _thinned(values: Sequence[float]) -> np.ndarray:
     """Means of equal blocks, so that at most _POINTS are left."""
     array = np.asarray(values, float)
     size = -(-len(array) // _POINTS)
-    return (
-        array
-        if size <= 1
-        else np.add.reduceat(array, starts := np.arange(0, len(array), size)) / np.diff(np.append(starts, len(array)))
-    )
+    starts = np.arange(0, len(array), max(size, 1))
+    return np.add.reduceat(array, starts) / np.diff(starts, append=len(array))
 
 
 def _described(series: Sequence[Series], share: bool) -> str:

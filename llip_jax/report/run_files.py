@@ -18,11 +18,22 @@ class _Results(TypedDict, total=False):
 
     __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
     step: pydantic.StrictInt
+    images: int
+    unreadable_images: int
+    texts: int
+    classes: int
     groups: dict[str, dict[str, dict[str, float | None]]]
     diagnostics: dict[str, dict[str, Any]]
     left_out: dict[str, str]
     sets: dict[str, dict[str, Any]]
     robustness: dict[str, dict[str, Any]]
+
+
+class _Line(TypedDict):
+    """A line of metrics.jsonl."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
+    step: pydantic.StrictInt
 
 
 class Run(NamedTuple):
@@ -51,7 +62,7 @@ class Run(NamedTuple):
 
 
 _RESULTS: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(_Results)
-_LINE = pydantic.TypeAdapter(dict[str, Any])
+_LINE: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(_Line)
 
 
 def read_run(workdir: Path, step: int | None = None) -> Run:
@@ -71,7 +82,7 @@ def read_run(workdir: Path, step: int | None = None) -> Run:
         raise ConfigError(f"--workdir: no run in {workdir} (no config.json)") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from None
-    steps = sorted(int(path.stem) for path in (workdir / "eval").glob("*.json") if path.stem.isdigit())
+    steps = sorted(int(path.stem) for path in (workdir / "eval").glob("*.json") if path.stem.isdecimal())
     if step is not None and step not in steps:
         raise ConfigError(f"step {step} has no evaluation in {workdir}; those there are: {steps or 'none'}")
     return Run(
@@ -112,7 +123,6 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             metrics.append(_LINE.validate_json(line))
-            int(metrics[-1]["step"])
-        except (ValueError, KeyError, TypeError):
+        except ValueError:
             raise ConfigError(f"{path}:{number}: expected a JSON object with a step, got {line[:80]!r}") from None
     return metrics

@@ -98,8 +98,9 @@ def word_spans(text: str, tokenizer: Tokenizer, length: int) -> list[tuple[str, 
     ends = mask.sum(axis=1) - 1  # Behind the last token of the text, at the mark of its end.
     spans, first, start = [], 0, int(ends[0])
     for count, end in enumerate(ends[:-1].tolist()):
-        if end > start and (tokens[count, :end] == tokens[-1, :end]).all():
-            spans.append((" ".join(words[first:count]), start, end))
+        if end >= start and (tokens[count, :end] == tokens[-1, :end]).all():
+            if end > start:
+                spans.append((" ".join(words[first:count]), start, end))
             first, start = count, end
     return spans
 
@@ -165,7 +166,8 @@ def attribution_figures(own: Sequence[Words], other: Sequence[Words]) -> dict[st
 
     Args:
         own: images with a caption of their own, at least one.
-        other: the same images with a caption of another image (:func:`hardest_mismatches`).
+        other: the same images with a caption of another image. (Not :func:`hardest_mismatches`, which are the best of
+            many: against those, cosines do worse than chance.)
 
     Returns:
         For ``own`` and ``other``: mean cosine, mean F-CLIPScore, and the share of words below the threshold. And how
