@@ -47,12 +47,12 @@ class Pictures:
         """Writes a picture under a name, which it returns."""
         self._written.add(name)
         image = Image.fromarray(pixels)
-        factor = PICTURE_SIDE / max(image.size)
-        if factor >= 2:  # whole factors keep the edges of tiny pictures
-            image = image.resize([side * int(factor) for side in image.size], Image.Resampling.NEAREST)
+        factor = PICTURE_SIDE // max(image.size)
+        if factor > 1:  # whole factors keep the edges of tiny pictures, and lossless files their colours
+            image = image.resize([side * factor for side in image.size], Image.Resampling.NEAREST)
         elif factor < 1:
             image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
-        image.save(self._folder / name, quality=85, method=4)
+        image.save(self._folder / name, lossless=factor > 1, quality=85, method=4)
         return name
 
 
