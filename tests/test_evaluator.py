@@ -21,7 +21,9 @@ from llip_jax.data.records import Record
 from llip_jax.data.tokenizers import Tokenizer
 from llip_jax.data.toyworld import ToyWorld
 from llip_jax.evaluation.evaluator import Evaluator
+from llip_jax.evaluation.looks import Looks
 from llip_jax.evaluation.scorers import mean_text
+from llip_jax.evaluation.scoring import silent
 from llip_jax.models.dual_encoder import DualEncoder
 from llip_jax.ops.pair_scores import TextSide, normalize
 from llip_jax.parallel.mesh import make_mesh
@@ -170,6 +172,35 @@ def test_processes_do_not_show() -> None:
     alone = evaluate(config_of(8), torn())
     assert alone["unreadable_images"] == 3
     assert call_on_processes(evaluate_in_this_process, processes=2, devices=2) == [alone, alone]
+
+
+def looks_of(devices: int) -> list[Any]:
+    """What needs the model again: maps, attributed words, inversion."""
+    config, mesh = config_of(8), make_mesh(MeshConfig(), jax.devices()[:devices])
+    graph, params = model_of()
+    with jax.set_mesh(mesh):
+        params = jax.device_put(jax.device_get(params), NamedSharding(mesh, PartitionSpec()))
+        source = own_set(config, world())
+        reading = Evaluator(config, graph, mesh, source, tokenizer()).read(params)
+        looks = Looks(config, graph, params, tokenizer(), source.source, reading)
+        _, uncaptioned, captioned = looks.maps(3, reading.annotations[3].captions[:2])
+        figures, exhibits = looks.words(lambda _: None)
+        words = [weight for shown in exhibits for _, weight in shown["tokens"]]
+        inverted = looks.inversion(silent)
+    numbers = [value for value in (*figures.values(), *inverted.values()) if isinstance(value, float)]
+    return [uncaptioned.tolist(), captioned.tolist(), words, numbers]
+
+
+def looks_in_this_process() -> list[Any]:
+    return looks_of(devices=4)
+
+
+@pytest.mark.slow
+def test_processes_do_not_show_in_maps_words_and_inversion() -> None:
+    alone = looks_of(devices=1)
+    for found in call_on_processes(looks_in_this_process, processes=2, devices=2):
+        for ours, theirs in zip(alone, found, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
 def torn() -> Records:

@@ -19,6 +19,7 @@ from llip_jax.evaluation.reading import Reading
 from llip_jax.evaluation.scoring import Bar, Progress
 from llip_jax.evaluation.tasks import LeftOut
 from llip_jax.ops.pair_scores import TextSide
+from llip_jax.parallel.sharding import whole
 
 ATTRIBUTED = 64
 """Images whose words are attributed, at most, evenly spread over the set."""
@@ -51,7 +52,7 @@ class Looks:
         def maps(params: Any, images: UInt8[Array, "1 H W 3"], tokens: Array, mask: Array) -> tuple[Array, Array]:
             model = nnx.merge(graph, params)
             texts: TextSide = model.text_side(tokens, mask)
-            return uncaptioned_maps(model, images)[0], caption_maps(model, images, texts)[0]
+            return whole((uncaptioned_maps(model, images)[0], caption_maps(model, images, texts)[0]))
 
         self._maps = jax.jit(maps)
 

@@ -15,7 +15,7 @@ from llip_jax.models.sizes import model_shape
 from llip_jax.models.text import TextTower
 from llip_jax.models.vision import TowerOutput, VisionTower
 from llip_jax.ops.pair_scores import Affine, ImageSide, TextSide, cosines
-from llip_jax.parallel.sharding import constrain
+from llip_jax.parallel.sharding import constrain, whole
 
 MAX_LOG_SCALE = math.log(100.0)
 """CLIP clamps the log of the logit scale here after every step."""
@@ -63,7 +63,7 @@ class DualEncoder(nnx.Module):
     def logits(self, images: ImageSide, texts: TextSide) -> Float[Array, "N J"]:
         """a * cosine + b of every image with every text, float32, all at once."""
         # Images stay where they are; the texts, d numbers each, are gathered.
-        texts = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), texts)
+        texts = whole(texts)
         scale, bias = self.affine()
         return constrain(scale * cosines(images, texts) + bias, "batch", None)
 

@@ -8,13 +8,14 @@ compiler, which otherwise may move whole activations instead.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+Tree = TypeVar("Tree")
 Axes = Sequence[str | None]
 Rules = Mapping[str, str | tuple[str, ...]]
 
@@ -42,6 +43,11 @@ def partition_spec(shape: Sequence[int], axes: Axes, rules: Rules, mesh_shape: M
 def constrain(x: Array, *axes: str | None) -> Array:
     """Pins an activation to the mesh in use; without a mesh (plain function calls) it changes nothing."""
     return _pin(x, axes, ACTIVATIONS)
+
+
+def whole(tree: Tree) -> Tree:
+    """Pins every array of a tree to be whole on each device of the mesh in use, and so in each process."""
+    return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), tree)
 
 
 def row_axes(mesh_shape: Mapping[str, int], *counts: int) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llip_jax.data.tokenizers import Tokenizer
 from llip_jax.evaluation.scoring import Progress, own_scores
+from llip_jax.parallel.sharding import whole
 
 LAYERS = 3
 """How many of the text tower's last layers are looked at (all, if it has fewer)."""
@@ -82,7 +83,7 @@ def token_attributions(
     gradient, (each, weights) = jax.grad(score, has_aux=True)(offsets)
     by_key = (gradient * weights)[-LAYERS:].mean(axis=(0, 2))
     read = jnp.take_along_axis(by_key, model.text.read_at(mask)[:, None, None], axis=1)[:, 0]
-    return Attributions(each, read * mask)
+    return whole(Attributions(each, read * mask))
 
 
 def word_spans(text: str, tokenizer: Tokenizer, length: int) -> list[tuple[str, int, int]]:

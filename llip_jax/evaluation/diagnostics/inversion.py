@@ -26,6 +26,7 @@ from llip_jax.data.tokenizers import Tokenizer
 from llip_jax.evaluation.diagnostics.pairs import normalized
 from llip_jax.evaluation.scoring import Progress
 from llip_jax.ops.pair_scores import normalize
+from llip_jax.parallel.sharding import whole
 
 PROMPT = "a photo of"
 STEPS = 150
@@ -105,7 +106,7 @@ def invert(
     words = jnp.broadcast_to(start, (len(targets), *start.shape))
     words, _ = jax.lax.fori_loop(0, steps, step, (words, optimizer.init(words)))
     found = embeddings(words)
-    return Inverted(found, jnp.sum(found * targets, axis=1))
+    return whole(Inverted(found, jnp.sum(found * targets, axis=1)))
 
 
 def average_precision(
