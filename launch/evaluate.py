@@ -9,8 +9,10 @@ Exit codes: 0 finished, 2 bad input, 1 anything else.
 """
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from llip_jax.command_line import run, split_overrides
@@ -30,20 +32,30 @@ def main(argv: list[str]) -> int:
     words, overrides = split_overrides(argv)
     args = parser.parse_args(words)
     if args.compare:
-        from llip_jax.report import write_comparison
-
+        if unused := [name for name in ("step", "tasks", "report") if getattr(args, name)] + overrides:
+            raise ConfigError(f"{', '.join(unused)}: not with --compare, which shows what has been evaluated")
         out = args.out or args.compare[0] / "report" / "comparison.html"
-        print(f"comparison: {write_comparison(args.compare, out)}")
+        print(f"comparison: {_report().write_comparison(args.compare, out)}")
         return 0
+    if args.out:
+        raise ConfigError("--out: only with --compare")
+    report = _report() if args.report else None  # before an evaluation that would be for nothing
     # Imports of jax only where something is evaluated.
     from llip_jax.evaluate import TASKS, evaluate_run
 
-    results = evaluate_run(args.workdir, args.step, overrides, args.tasks and _tasks(args.tasks, TASKS))
-    if args.report:
-        from llip_jax.report import write_report
-
-        print(f"report: {write_report(args.workdir, results['step'])}")
+    tasks = None if args.tasks is None else _tasks(args.tasks, TASKS)
+    results = evaluate_run(args.workdir, args.step, overrides, tasks)
+    if report is not None:
+        print(f"report: {report.write_report(args.workdir, results['step'])}")
     return 0
+
+
+def _report() -> ModuleType:
+    """The report package, which needs the extra of its name."""
+    try:
+        return importlib.import_module("llip_jax.report")
+    except ImportError as error:
+        raise ConfigError(f"a report needs {error.name}: pip install 'llip_jax[report]'") from None
 
 
 def _tasks(words: str, known: tuple[Any, ...]) -> tuple[Any, ...]:

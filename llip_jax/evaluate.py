@@ -1,6 +1,8 @@
 """Everything that can be said about a checkpoint of a run: tasks on all its sets, exhibits, files for other tools."""
 
 import contextlib
+import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,16 +10,17 @@ from typing import Any, NamedTuple, get_args
 
 import jax
 
-from llip_jax.config import Config, ConfigError, EvalConfig, Task, resolve, to_dict
+from llip_jax.config import Config, ConfigError, EvalConfig, Task, nearest, resolve, to_dict
 from llip_jax.config_files import overridden
 from llip_jax.data.evaluation_sets import build_eval_set
 from llip_jax.evaluation import clip_benchmark
 from llip_jax.evaluation.evaluator import Evaluator
 from llip_jax.evaluation.exhibits import MISMATCHES, Pictures, galleries, mapped
-from llip_jax.evaluation.figures import Outcome, by_group, intervals, robustness, save_outcomes
+from llip_jax.evaluation.figures import Outcome, by_group, intervals, load_outcomes, robustness, save_outcomes
 from llip_jax.evaluation.looks import Looks
 from llip_jax.evaluation.maps import overlay
-from llip_jax.evaluation.reading import Reading
+from llip_jax.evaluation.merging import asked_the_same, merged
+from llip_jax.evaluation.reading import NO_VALUE, Reading
 from llip_jax.evaluation.results import summary
 from llip_jax.evaluation.tasks import LeftOut, run_tasks
 from llip_jax.interop.folders import replacing_folder
@@ -41,7 +44,9 @@ def evaluate_run(
     """Evaluates a checkpoint of a run on its own set and those of ``eval.sets``; what eval/STEP.json holds.
 
     Writes eval/STEP.json (figures with bootstrap intervals), eval/STEP.npz (what every query got, for comparisons) and
-    the folder eval/STEP: exhibits, CLIP_benchmark's documents, and what the queries of further sets got.
+    the folder eval/STEP: exhibits, CLIP_benchmark's documents, and what the queries of further sets got. What an
+    earlier evaluation of the step has done and this one does not stays, if it was asked the same
+    (evaluation/merging.py); otherwise all of it is replaced.
 
     Args:
         workdir: the run's.
@@ -67,45 +72,59 @@ def evaluate_run(
     # All sets before the first one is evaluated, so that mistakes in the data are told at once.
     sets = {name: build_eval_set(config, name) for name in ("", *config.eval.sets)}
     tokenizer = own_tokenizer(config, sets[""].source, workdir)
-    found: dict[str, _Found] = {}
-    with jax.set_mesh(mesh), _folder(workdir / "eval" / str(step)) as folder:
+    path = workdir / "eval" / f"{step}.json"
+    before = _earlier(path)
+    with jax.set_mesh(mesh), _folder(path.with_suffix("")) as folder:
         spec = state_spec(config, make_optimizer(config.optimizer, config.train.steps), mesh)
         params = checkpoints.restore_params(step, spec.abstract.params)
         evaluators = {
             name: Evaluator(config, spec.graph, mesh, eval_set, tokenizer, tasks, progress_of)
             for name, eval_set in sets.items()
         }
+        for field in config.eval.groups:
+            if not any(evaluator.has_field(field) for evaluator in evaluators.values()):
+                known = sorted({name for evaluator in evaluators.values() for name in evaluator.fields})
+                raise ConfigError(f"eval.groups: no record has a field {field!r}.{nearest(field, known)}")
+        found: dict[str, _Found] = {}
         for name, evaluator in evaluators.items():
             with progress_of(evaluator.work, "item", f"evaluating {name}".rstrip()) as progress:
                 reading = evaluator.read(params, progress)
             looks = Looks(config, spec.graph, params, tokenizer, sets[name].source, reading)
             # Exhibits are of the run's own set.
             found[name] = _look_at(reading, looks, tasks, config.eval, None if name else folder)
-            if name:
-                (folder / "sets").mkdir(exist_ok=True)
-                save_outcomes(folder / "sets" / f"{name}.npz", found[name].names, found[name].outcomes)
-            _write_clip_benchmark(
-                folder / "clip_benchmark", found[name].figures, name, config, f"{workdir.name}-{step}"
-            )
-        results = {"step": step, **found[""].figures}
+        results: dict[str, Any] = {"step": step, "overrides": list(overrides), **found[""].figures}
         if further := {name: own.figures for name, own in found.items() if name}:
             results["sets"] = further
         if robust := _robustness({name or "own": own.figures for name, own in found.items()}, config.eval):
             results["robustness"] = robust
+        kept = asked_the_same(before, results)
+        written = merged(before, results) if kept else results
         if jax.process_index() == 0:
-            save_outcomes(workdir / "eval" / f"{step}.npz", found[""].names, found[""].outcomes)
+            _write(folder, workdir / "eval", written, found, config, f"{workdir.name}-{step}", kept)
     if jax.process_index() == 0:
-        write_json(workdir / "eval" / f"{step}.json", results)
+        write_json(path, written)
         print("\n" + summary(results), flush=True)
-    return results
+        if before and not kept:
+            print("  (the earlier evaluation of this step was asked something else, and is replaced)")
+    return written
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """What is known of the step already; nothing where the file is missing or damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class _Found(NamedTuple):
-    """What came out for one set: figures for JSON, outcomes by TASK/FIGURE, names of the images."""
+    """What came out for one set: figures for JSON, outcomes by TASK/FIGURE, names and digests of the images."""
 
     figures: dict[str, Any]
     outcomes: dict[str, Outcome]
     names: list[str]
+    digests: list[str]
 
 
 def _look_at(reading: Reading, looks: Looks, tasks: Sequence[Task], config: EvalConfig, folder: Path | None) -> _Found:
@@ -121,9 +140,9 @@ def _look_at(reading: Reading, looks: Looks, tasks: Sequence[Task], config: Eval
             figures.setdefault("diagnostics", {})["inversion"] = looks.inversion(progress_of)
         except LeftOut as reason:
             figures.setdefault("left_out", {})["inversion"] = str(reason)
-    groups = {field: by_group(result.outcomes, reading.groups(field)) for field in config.groups}
-    if groups:
-        figures["groups"] = groups
+    for field in config.groups:
+        if set(groups := reading.groups(field)) != {NO_VALUE}:
+            figures.setdefault("groups", {})[field] = by_group(result.outcomes, groups)
     if folder is not None and "exhibits" in tasks:
         pictures = Pictures(folder, looks.pixels)
         exhibits = galleries(reading, result.outcomes, pictures)
@@ -131,7 +150,9 @@ def _look_at(reading: Reading, looks: Looks, tasks: Sequence[Task], config: Eval
             exhibits["maps"] = mapped(reading, looks.maps, overlay, pictures)
         exhibits["mismatch"] = [{"image": pictures.of(shown["row"]), **shown} for shown in mismatches]
         write_json(folder / "exhibits.json", exhibits)
-    return _Found(figures, result.outcomes, [own.name for own in reading.annotations])
+    figures["asked"] = reading.asked()
+    names, digests = ([getattr(own, field) for own in reading.annotations] for field in ("name", "digest"))
+    return _Found(figures, result.outcomes, names, digests)
 
 
 def _with_intervals(figures: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
@@ -158,13 +179,35 @@ def _robustness(figures: Mapping[str, Mapping[str, Any]], config: EvalConfig) ->
     return {word: robustness(name, members) for word, members in groups.items()}
 
 
-def _write_clip_benchmark(folder: Path, figures: Mapping[str, Any], name: str, config: Config, weights: str) -> None:
-    """The documents of one set, which ``clip_benchmark build`` puts in a table with others'."""
-    model = f"llip_jax-{config.model.pooler}-{config.model.size}-K{config.model.mixture_tokens}"
-    dataset = name or Path(config.data.eval_path or config.data.path or config.data.source).name
-    for file, document in clip_benchmark.documents(figures, dataset, model, weights).items():
-        folder.mkdir(exist_ok=True)
-        write_json(folder / file, document)
+def _write(
+    folder: Path,
+    evaluations: Path,
+    results: Mapping[str, Any],
+    found: Mapping[str, _Found],
+    config: Config,
+    weights: str,
+    kept: bool,
+) -> None:
+    """Outcomes of all sets, and CLIP_benchmark's documents; with ``kept`` beside what an earlier evaluation wrote."""
+    earlier = evaluations / str(results["step"])
+    if kept and earlier.is_dir():
+        old = [path for path in earlier.iterdir() if path.is_dir() or not (folder / "exhibits.json").exists()]
+        for path in old:
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
+    for name, own in found.items():
+        place = folder / "sets" / f"{name}.npz" if name else evaluations / f"{results['step']}.npz"
+        place.parent.mkdir(exist_ok=True)
+        outcomes = own.outcomes
+        if kept and place.exists() and (before := load_outcomes(place))[:2] == (own.names, own.digests):
+            outcomes = before.outcomes | outcomes
+        save_outcomes(place, own.names, own.digests, outcomes)
+        # What clip_benchmark build puts in a table with others'.
+        documents = folder / "clip_benchmark"
+        model = f"llip_jax-{config.model.pooler}-{config.model.size}-K{config.model.mixture_tokens}"
+        dataset = name or Path(config.data.eval_path or config.data.path or config.data.source).name
+        for file, document in clip_benchmark.documents(own.figures, dataset, model, weights).items():
+            documents.mkdir(exist_ok=True)
+            write_json(documents / file, document)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import shutil
+import sys
 import tarfile
 from functools import cache
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from run_helpers import finished_run, run, temporary_folder
+from run_helpers import finished_run, temporary_folder
 
+from launch.evaluate import main
 from llip_jax.config import ConfigError
 from llip_jax.data.toyworld import ToyWorld
 from llip_jax.evaluate import TASKS, evaluate_run
@@ -50,7 +53,7 @@ def evaluated() -> Path:
     sets = {"plain": {"source": "clip_benchmark", "path": str(benchmark_folder(folder / "plain")), "robustness": "b"}}
     overrides = [
         "eval.choice_field=choices",
-        "eval.groups=('background', 'nowhere')",
+        "eval.groups=('background',)",
         "eval.scorers=('mean_text', 'attributes')",
         "eval.shortlist=3",
         "eval.probe_images=60",
@@ -82,7 +85,8 @@ def test_every_task_has_figures_and_nothing_is_left_out():
 
 
 def test_figures_are_the_means_of_their_outcomes_and_lie_in_their_intervals():
-    names, outcomes = load_outcomes(evaluated() / "eval" / "8.npz")
+    names, digests, outcomes = load_outcomes(evaluated() / "eval" / "8.npz")
+    assert len(set(digests)) == IMAGES
     assert names == [f"toyworld/eval/{index}" for index in range(IMAGES)]
     found = results()
     assert "retrieval/text_to_image_recall_at_5" in outcomes and "knn/tower/top_1_accuracy" in outcomes
@@ -94,14 +98,14 @@ def test_figures_are_the_means_of_their_outcomes_and_lie_in_their_intervals():
 
 
 def test_groups_are_figures_of_their_images_alone():
-    found, (_, outcomes) = results(), load_outcomes(evaluated() / "eval" / "8.npz")
+    found, outcomes = results(), load_outcomes(evaluated() / "eval" / "8.npz").outcomes
     source = ToyWorld(read_config(finished_run()).data.toyworld, "eval", 16)
     backgrounds = np.array([source[index].fields["background"] for index in range(IMAGES)])
     hits = outcomes["retrieval/image_to_text_recall_at_5"].values
     for value in set(backgrounds):
         own = found["groups"]["background"][value]["retrieval/image_to_text_recall_at_5"]
         assert own == pytest.approx(hits[backgrounds == value].mean())
-    assert {*found["groups"]["nowhere"]} == {"(none)"}
+    assert {*found["groups"]} == {"background"} and "groups" not in found["sets"]["plain"]
 
 
 def test_exhibits_name_pictures_that_are_there():
@@ -128,7 +132,7 @@ def test_a_further_set_has_its_own_classes_templates_figures_and_outcomes():
     assert "zero_shot" in found and "zero_shot_attributes" in found
     assert found["left_out"]["retrieval"] == "no image has a caption"
     assert "train" in found["left_out"]["knn"]
-    names, outcomes = load_outcomes(evaluated() / "eval" / "8" / "sets" / "plain.npz")
+    names, _, outcomes = load_outcomes(evaluated() / "eval" / "8" / "sets" / "plain.npz")
     assert len(names) == 7
     assert figure(outcomes["zero_shot/top_1_accuracy"]) == pytest.approx(found["zero_shot"]["top_1_accuracy"])
     group = results()["robustness"]["b"]
@@ -145,14 +149,24 @@ def test_documents_for_clip_benchmark_are_written():
     assert ("plain", "zeroshot_classification") in kinds
 
 
-def test_a_later_evaluation_takes_the_place_of_the_whole_one_before(tmp_path):
-    shutil.copytree(evaluated(), tmp_path / "run")
-    evaluate_run(tmp_path / "run", None, (), ("retrieval",))
-    found = json.loads((tmp_path / "run/eval/8.json").read_text())
-    assert "zero_shot" not in found
-    assert found["retrieval"] == results()["retrieval"]
-    assert not [*(tmp_path / "run/eval/8").glob("*.webp")]
-    assert all(path.startswith("retrieval/") for path in load_outcomes(tmp_path / "run/eval/8.npz")[1])
+def test_a_later_evaluation_adds_to_one_that_was_asked_the_same_and_replaces_another(tmp_path):
+    shutil.copytree(finished_run(), tmp_path / "run")
+    path, folder = tmp_path / "run/eval/8.json", tmp_path / "run/eval/8"
+    trained = json.loads(path.read_text())
+    evaluate_run(tmp_path / "run", None, (), ("exhibits", "retrieval", "zero_shot"))
+    first = json.loads(path.read_text())
+    assert first["zero_shot"]["top_1_accuracy"] == trained["zero_shot"]["top_1_accuracy"]
+    evaluate_run(tmp_path / "run", None, (), ("diagnostics",))
+    second = json.loads(path.read_text())
+    assert second["retrieval"] == first["retrieval"] and "spectra" in second["diagnostics"]
+    assert (folder / "exhibits.json").exists() and [*folder.glob("*.webp")]
+    assert "retrieval/image_to_text_recall_at_1" in load_outcomes(tmp_path / "run/eval/8.npz").outcomes
+
+    evaluate_run(tmp_path / "run", None, ["data.toyworld.eval_size=20"], ("retrieval",))
+    third = json.loads(path.read_text())
+    assert third["overrides"] == ["data.toyworld.eval_size=20"] and third["images"] == 20
+    assert "diagnostics" not in third and not [*folder.glob("*.webp")]
+    assert len(load_outcomes(tmp_path / "run/eval/8.npz").names) == 20
 
 
 def test_classes_by_number_need_names_for_all_of_them(tmp_path):
@@ -181,8 +195,26 @@ def test_one_image_has_defined_results(tmp_path):
 def test_mistakes_are_told_in_words():
     with pytest.raises(ConfigError, match=r"no checkpoint 5 in .*there are"):
         evaluate_run(finished_run(), 5)
+    with pytest.raises(
+        ConfigError, match=r"eval\.groups: no record has a field 'backgrond'\. Did you mean 'background'"
+    ):
+        evaluate_run(finished_run(), None, ["eval.groups=('backgrond',)"])
     with pytest.raises(ConfigError, match=r"eval\.sets\.lost\.path"):
         evaluate_run(finished_run(), None, ["eval.sets={'lost': {'source': 'clip_benchmark', 'path': '/no/where'}}"])
-    wrong = run(["launch/evaluate.py", "--workdir", str(finished_run()), "--tasks", "retreival"])
-    assert wrong.returncode == 2
-    assert "no task 'retreival'. Did you mean 'retrieval'?" in wrong.stderr and "Traceback" not in wrong.stderr
+    workdir = ["--workdir", str(finished_run())]
+    for words, told in (
+        ([*workdir, "--tasks", "retreival"], "no task 'retreival'. Did you mean 'retrieval'?"),
+        ([*workdir, "--tasks", ""], "--tasks: no task ''"),
+        ([*workdir, "--out", "page.html"], "--out: only with --compare"),
+        (["--compare", str(finished_run()), "--step", "3"], "step: not with --compare"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            main(words)
+
+
+def test_a_report_without_its_packages_is_refused_before_anything_is_evaluated(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("llip_jax.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"a report needs matplotlib: pip install 'llip_jax\[report\]'"):
+        main(["--workdir", str(finished_run()), "--report"])

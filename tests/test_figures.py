@@ -179,19 +179,20 @@ def test_outcomes_survive_a_file(tmp_path: Path) -> None:
     rng = np.random.default_rng(9)
     outcomes = {
         "retrieval/image_to_text_recall_at_1": random_outcome(rng),
-        "sets/v2/zero_shot/top_1_accuracy": random_outcome(rng)._replace(chance=None),
+        "zero_shot/top_1_accuracy": random_outcome(rng)._replace(chance=None),
     }
     names = ["toyworld/eval/0", "Ünïcode ☃", ""]
-    save_outcomes(tmp_path / "5.npz", names, outcomes)
+    digests = ["a", "b", "a"]
+    save_outcomes(tmp_path / "5.npz", names, digests, outcomes)
     assert [path.name for path in tmp_path.iterdir()] == ["5.npz"]
-    read_names, read = load_outcomes(tmp_path / "5.npz")
-    assert read_names == names
+    read_names, read_digests, read = load_outcomes(tmp_path / "5.npz")
+    assert (read_names, read_digests) == (names, digests)
     assert list(read) == list(outcomes)
     for name, outcome in outcomes.items():
         for part, expected in outcome._asdict().items():
             np.testing.assert_equal(getattr(read[name], part), expected)
-    save_outcomes(tmp_path / "empty.npz", [], {})
-    assert load_outcomes(tmp_path / "empty.npz") == ([], {})
+    save_outcomes(tmp_path / "empty.npz", [], [], {})
+    assert load_outcomes(tmp_path / "empty.npz") == ([], [], {})
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -203,7 +204,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         {"names": np.array([object()])},
         {"a/values": np.ones(3)},
         {"names": np.array(["x"]), "a/values": np.ones(3)},
-        {"names": np.array(["x"]), **good, "a/unit": np.ones(2)},
+        {"names": np.array(["x"]), "digests": np.array(["x"]), **good, "a/unit": np.ones(2)},
     ):
         np.savez(path, **arrays)
         with pytest.raises(ConfigError, match=r"5\.npz: not the outcomes of an evaluation"):

@@ -78,7 +78,7 @@ def test_several_labels_an_image_are_judged_by_average_precision():
 def test_probes_learn_on_training_images_also_of_classes_that_the_set_has_not():
     made = reading()
     centres = 5 * np.eye(D)[:4]
-    train = Labelled({"unconditioned": np.repeat(centres, 3, axis=0)}, np.repeat(np.arange(4), 3))
+    train = Labelled({"unconditioned": np.repeat(centres, 3, axis=0)}, np.repeat(np.arange(4), 3), "")
     embeddings = {"unconditioned": centres[made.labels()]}
     result = run_tasks(
         dataclasses.replace(made, train=train, embeddings=embeddings), ("knn", "linear_probe"), EvalConfig()

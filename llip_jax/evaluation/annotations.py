@@ -15,7 +15,7 @@ from llip_jax.data.pipeline import read_patiently
 from llip_jax.data.records import BadSample, Record, Source
 from llip_jax.evaluation.class_texts import class_spec, read_templates
 from llip_jax.evaluation.classes import ClassSpec
-from llip_jax.evaluation.reading import Annotation
+from llip_jax.evaluation.reading import Annotation, digest_of
 from llip_jax.evaluation.scoring import Bar, Progress, silent
 
 Label = str | int
@@ -72,6 +72,7 @@ def annotate(
             tuple(_number(one, numbers, f"{setting}: {record.name}") for one in own_labels),
             _choices(record, own.choice_field, field),
             record.fields,
+            digest_of(record.image_group, *record.captions, *_choices(record, own.choice_field, field)),
         )
         for record, own_labels in zip(records, labels, strict=True)
     ]
@@ -79,12 +80,14 @@ def annotate(
 
 
 def _records(source: Source, progress: Progress) -> tuple[list[Record | None], str]:
-    """Records without their pictures, which would not fit memory, and the first problem."""
+    """Records with a digest in place of their pictures, which would not fit memory, and the first problem."""
     problem = ""
     records: list[Record | None] = []
     for index in range(len(source)):
         try:
-            records.append(dataclasses.replace(read_patiently(source, index, time.sleep), image=b""))
+            record = read_patiently(source, index, time.sleep)
+            picture = record.image if isinstance(record.image, bytes) else record.image.tobytes()
+            records.append(dataclasses.replace(record, image=b"", image_group=digest_of(picture)))
         except (BadSample, OSError) as error:  # left out of every evaluation, also should it become readable
             problem = problem or str(error)
             records.append(None)
@@ -145,10 +148,14 @@ def _choices(record: Record, field: str | None, where: str) -> tuple[str, ...]:
 
 class TrainingLabels(NamedTuple):
     """Images that probes learn from, and their class numbers; names that are no class of the set have numbers of their
-    own beyond."""
+    own beyond.
+
+    digest: of names and labels.
+    """
 
     source: Source
     labels: Int[np.ndarray, "n"]
+    digest: str
 
 
 def training_labels(eval_set: EvalSet, classes: ClassSpec, most: int) -> TrainingLabels | None:
@@ -157,7 +164,7 @@ def training_labels(eval_set: EvalSet, classes: ClassSpec, most: int) -> Trainin
         return None
     source, field = eval_set.train(), eval_set.label_field
     numbers = {name: number for number, name in enumerate(classes.names)}
-    indices, labels = [], []
+    indices, labels, known = [], [], []
     for index in np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).astype(int)).tolist():
         try:
             record = read_patiently(source, index, time.sleep)
@@ -168,7 +175,9 @@ def training_labels(eval_set: EvalSet, classes: ClassSpec, most: int) -> Trainin
             label = found[0] if isinstance(found[0], int) else numbers.setdefault(found[0], len(numbers))
             indices.append(index)
             labels.append(label)
-    return TrainingLabels(_Picked(source, indices), np.asarray(labels, np.int64)) if indices else None
+            known += [record.name, str(found[0])]
+    picked = _Picked(source, indices)
+    return TrainingLabels(picked, np.asarray(labels, np.int64), digest_of(*known)) if indices else None
 
 
 @dataclasses.dataclass(frozen=True)

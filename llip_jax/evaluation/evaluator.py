@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llip_jax.config import Config, ConfigError, Task
 from llip_jax.data.evaluation_sets import EvalSet
+from llip_jax.data.fields import lookup
 from llip_jax.data.pipeline import eval_blocks
 from llip_jax.data.records import Source
 from llip_jax.data.tokenizers import Tokenizer
@@ -122,6 +123,16 @@ class Evaluator:
         train = 0 if self._train is None else len(self._train.source)
         return len(self._set.source) + train + len(self._texts.listed)
 
+    @property
+    def fields(self) -> set[str]:
+        """Names of the fields that records have."""
+        return {name for annotation in self._known.annotations if annotation for name in annotation.fields}
+
+    def has_field(self, field: str) -> bool:
+        """Whether any record has a field, or a nested one by dots."""
+        known = (annotation for annotation in self._known.annotations if annotation)
+        return any(lookup(own.name, own.fields, field) is not None for own in known)
+
     def __call__(self, params: Any, progress: Progress = lambda _: None) -> dict[str, Any]:
         """Figures by task, each with its chance level beside it.
 
@@ -177,9 +188,9 @@ class Evaluator:
         """Embeddings of the training images that probes learn from."""
         if self._train is None:
             return None
-        source, labels = self._train
+        source, labels, digest = self._train
         read = _joined(self._pass(params, source, np.ones(len(source), bool), None, progress))
-        return None if read is None else Labelled(read.embeddings, labels[read.rows])
+        return None if read is None else Labelled(read.embeddings, labels[read.rows], digest)
 
     def _encode_texts(self, params: Any, progress: Progress) -> TextSide | None:
         """All texts, on the host; None where there is none."""

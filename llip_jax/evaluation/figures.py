@@ -145,13 +145,22 @@ def robustness(name: str, members: Mapping[str, float]) -> dict[str, Any]:
     }
 
 
-def save_outcomes(path: Path, names: Sequence[str], outcomes: Mapping[str, Outcome]) -> None:
-    """Writes an .npz file, whole or not at all: ``names`` and, of each outcome, NAME/values, /unit, /weight, /chance.
+class Saved(NamedTuple):
+    """Outcomes of a set, and the images that their units are: names, and digests of what the images are."""
+
+    names: list[str]
+    digests: list[str]
+    outcomes: dict[str, Outcome]
+
+
+def save_outcomes(path: Path, names: Sequence[str], digests: Sequence[str], outcomes: Mapping[str, Outcome]) -> None:
+    """Writes an .npz file, whole or not at all: see ``Saved``; an outcome NAME is NAME/values, /unit, /weight, /chance.
 
     Args:
         path: where to.
         names: of the images, in the order of ``Outcome.unit``.
-        outcomes: by TASK/FIGURE, of a further set by sets/SET/TASK/FIGURE.
+        digests: of the images.
+        outcomes: by TASK/FIGURE.
     """
     arrays = {
         f"{name}/{part}": array
@@ -159,20 +168,20 @@ def save_outcomes(path: Path, names: Sequence[str], outcomes: Mapping[str, Outco
         for part, array in outcome._asdict().items()
         if array is not None
     }
+    arrays |= {"names": np.asarray(names, dtype=np.str_), "digests": np.asarray(digests, dtype=np.str_)}
     with replacing(path) as temporary, temporary.open("wb") as stream:
-        np.savez_compressed(stream, allow_pickle=False, names=np.asarray(names, dtype=np.str_), **arrays)
+        np.savez_compressed(stream, allow_pickle=False, **arrays)
 
 
-def load_outcomes(path: Path) -> tuple[list[str], dict[str, Outcome]]:
-    """Image names and outcomes of a file of ``save_outcomes``.
+def load_outcomes(path: Path) -> Saved:
+    """What ``save_outcomes`` has written.
 
     Raises:
         ConfigError: the file is missing, damaged or another.
     """
     try:
-        # Not np.load, which takes other files too.
-        with path.open("rb") as stream, np.lib.npyio.NpzFile(stream, allow_pickle=False) as stored:
-            names = stored["names"].tolist()
+        with np.lib.npyio.NpzFile(str(path), allow_pickle=False) as stored:  # type: ignore[arg-type]  # np.load takes other files
+            names, digests = (stored[name].tolist() for name in ("names", "digests"))
             keys = [key.removesuffix("/values") for key in stored.files if key.endswith("/values")]
             outcomes = {
                 key: Outcome(
@@ -187,7 +196,7 @@ def load_outcomes(path: Path) -> tuple[list[str], dict[str, Outcome]]:
             _check(outcome)
     except Exception as error:  # zipfile and zlib have errors of their own
         raise ConfigError(f"{path}: not the outcomes of an evaluation: {error}") from error
-    return names, outcomes
+    return Saved(names, digests, outcomes)
 
 
 def _check(outcome: Outcome) -> None:

@@ -160,7 +160,8 @@ def _result(
     scores: Float[np.ndarray, "N C"], labels: Int[np.ndarray, "N"], seen: np.ndarray, further: dict[str, Any]
 ) -> Result:
     outcomes = accuracy_outcomes(scores, labels)
-    return Result(figures_of(outcomes) | further | {"unseen_images": int(np.sum(~seen[labels]))}, outcomes)
+    counts = {"classes": len(seen), "unseen_images": int(np.sum(~seen[labels]))}
+    return Result(figures_of(outcomes) | further | counts, outcomes)
 
 
 def _normalized(vectors: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:

@@ -1,5 +1,6 @@
 """What one pass of a model over an evaluation set leaves on the host: all that tasks are computed from."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,12 +11,16 @@ from jaxtyping import Bool, Float, Int
 from llip_jax.data.fields import lookup
 from llip_jax.evaluation.classes import ClassSpec
 
+NO_VALUE = "(none)"
+"""The group of images that lack a field."""
+
 
 class Annotation(NamedTuple):
     """What is known of an image besides its pixels.
 
     labels: class numbers; one, several of a multi-label set (or none), empty where the set has no classes.
     choices: captions of an image-caption choice, the true one first.
+    digest: of picture, captions and choices: what two evaluations must have in common for the image to be the same.
     """
 
     name: str
@@ -23,6 +28,7 @@ class Annotation(NamedTuple):
     labels: tuple[int, ...]
     choices: tuple[str, ...]
     fields: Mapping[str, Any]
+    digest: str = ""
 
 
 class Own(NamedTuple):
@@ -47,6 +53,7 @@ class Labelled(NamedTuple):
 
     embeddings: dict[str, Float[np.ndarray, "n d"]]
     labels: Int[np.ndarray, "n"]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,29 @@ class Reading:
         return targets
 
     def groups(self, field: str) -> list[str]:
-        """Value of a record field for each image, as text; "(none)" where it has none."""
+        """Value of a record field for each image, as text; ``NO_VALUE`` where it has none."""
         values = [lookup(own.name, own.fields, field) for own in self.annotations]
-        return ["(none)" if value is None else str(value) for value in values]
+        return [NO_VALUE if value is None else str(value) for value in values]
+
+    def asked(self) -> dict[str, str]:
+        """Digests of what figures depend on besides the model: equal ones were asked the same.
+
+        ``images`` in their order; ``texts``, the captions they were scored with; ``classes``, names and texts;
+        ``training``, the labelled images that probes learned from. What there is none of is left out.
+        """
+        parts = {
+            "images": [own.digest for own in self.annotations],
+            "texts": self.texts,
+            "classes": [] if self.classes is None else [repr(self.classes)],
+            "training": [] if self.train is None else [self.train.digest],
+        }
+        return {name: digest_of(*part) for name, part in parts.items() if part}
+
+
+def digest_of(*parts: str | bytes) -> str:
+    """One digest of several texts or bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode(errors="surrogatepass") if isinstance(part, str) else part
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()

@@ -1,11 +1,18 @@
 """Evaluation figures as a table for people."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class _Row(NamedTuple):
+    label: str
+    value: float
+    interval: tuple[float, float] | None
+    chance: float | None
 
 
 def summary(results: Mapping[str, Any]) -> str:
-    """One line a figure that has a chance level, with how many times chance it is; further sets below."""
+    """One line a figure, with its interval, chance level and how many times chance it is; further sets below."""
     lines = [f"evaluation after {results['step']} steps: {_counts(results)}", *_table(results)]
     if two_stage := results.get("two_stage"):
         lines.append(
@@ -18,15 +25,14 @@ def summary(results: Mapping[str, Any]) -> str:
                 f"{two_stage[f'{direction}_best_in_shortlist']:.2%}, "
                 f"{two_stage[f'{direction}_top_10_overlap']:.2%} of the top 10 kept"
             )
+    lines += _left_out(results)
     for name, own in results.get("sets", {}).items():
-        lines += [f"{name}: {_counts(own)}", *_table(own)]
+        lines += [f"{name}: {_counts(own)}", *_table(own), *_left_out(own)]
     for name, group in results.get("robustness", {}).items():
         lines.append(
             f"{name} ({', '.join(group['members'])}): mean top 1 accuracy {group['top_1_accuracy_mean']:.2%}, worst "
             f"{group['top_1_accuracy_worst']:.2%} ({group['worst_member']})"
         )
-    for task, reason in results.get("left_out", {}).items():
-        lines.append(f"  left out: {task.replace('_', ' ')}: {reason}")
     return "\n".join(lines)
 
 
@@ -39,21 +45,34 @@ def _counts(results: Mapping[str, Any]) -> str:
     return ", ".join(counts)
 
 
+def _left_out(results: Mapping[str, Any]) -> Iterator[str]:
+    for task, reason in results.get("left_out", {}).items():
+        yield f"  left out: {task.replace('_', ' ')}: {reason}"
+
+
 def _table(results: Mapping[str, Any]) -> Iterator[str]:
-    figures = [(task, values) for task, values in results.items() if isinstance(values, Mapping)]
-    rows = [row for task, values in figures for row in _rows(task, values)]
-    width = max([36, *(len(label) for label, *_ in rows)])
-    if rows:
-        yield f"  {'':<{width}} {'value':>8} {'chance':>8}  times chance"
-    for label, value, chance in rows:
-        yield f"  {label:<{width}} {value:8.2%} {chance:8.2%}  {value / chance:.1f}"
+    rows = [row for task, own in results.items() if isinstance(own, Mapping) for row in _rows(task, own)]
+    if not rows:
+        return
+    width = max([36, *(len(row.label) for row in rows)])
+    intervals = any(row.interval for row in rows)
+    yield f"  {'':<{width}} {'value':>8} {'95 % interval' * intervals:>{18 * intervals}} {'chance':>8}  times chance"
+    for label, value, interval, chance in rows:
+        between = f"{interval[0]:.2%} to {interval[1]:.2%}" if interval else ""
+        if chance is None:
+            yield f"  {label:<{width}} {value:8.1f}"
+            continue
+        times = f"{value / chance:.1f}" if chance else ""
+        yield f"  {label:<{width}} {value:8.2%} {between:>{18 * intervals}} {chance:8.2%}  {times}"
 
 
-def _rows(task: str, figures: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
-    """Label, value and chance level of a task's figures, and of those of its parts (embeddings)."""
+def _rows(task: str, figures: Mapping[str, Any]) -> Iterator[_Row]:
+    """Figures of a task that have a chance level, median ranks, and those of its parts (embeddings)."""
     for name, value in figures.items():
+        label = f"{task} {name}".replace("_", " ").replace("retrieval ", "")
         if isinstance(value, Mapping) and task in ("knn", "linear_probe"):
             yield from _rows(f"{task} {name}", value)
         elif f"{name}_chance" in figures:
-            label = f"{task} {name}".replace("_", " ").replace("retrieval ", "")
-            yield label, value, figures[f"{name}_chance"]
+            yield _Row(label, value, figures.get(f"{name}_interval"), figures[f"{name}_chance"])
+        elif name.endswith("median_rank"):
+            yield _Row(label, value, None, None)

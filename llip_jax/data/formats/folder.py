@@ -112,8 +112,9 @@ class FolderSource:
         if not selected:
             sizes = ", ".join(f"{name!r} ({count} records)" for name, count in sorted(split_sizes.items()))
             reason = "data.folder.eval_exclude leaves out all of" if wanted in split_sizes else "no record is in"
+            section = field.removesuffix(".path").removesuffix(".eval_path")
             hint = (
-                ""
+                f"; {section}.folder.{split}_split names another"
                 if has_split
                 else f". No record has a field {config.split_field!r}, so a hash of the image path decides: add it, "
                 f"or raise data.folder.eval_fraction={config.eval_fraction}"
