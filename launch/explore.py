@@ -1,7 +1,8 @@
 """A local page to try a model on: python launch/explore.py --workdir runs/demo [--step N] [--port P]
 
-One picks or uploads a picture, types captions and sees scores, what each caption makes the model look at, and zero-shot
-guesses. Needs Gradio (the extra "report"). Listens on this machine only, unless --host says otherwise; Ctrl-C ends it.
+One picks or uploads a picture, types captions and sees scores, the patches that each caption agrees with, and zero-shot
+guesses. Needs Gradio (the extra "report"). Every user of this machine can open the page, and nobody else unless --host
+says so; Ctrl-C ends it.
 
 Exit codes: 0 ended, 2 bad input, 1 anything else.
 """
@@ -19,7 +20,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workdir", type=Path, required=True, help="run directory, or weights as llip_jax.load takes")
     parser.add_argument("--step", type=int, help="checkpoint of the run (default: the newest)")
     parser.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s, this machine)")
+    parser.add_argument("--host", default="127.0.0.1", help="to listen on (default: %(default)s: this machine's users)")
     args = parser.parse_args(argv)
     from llip_jax.explorer.serve import explore
 

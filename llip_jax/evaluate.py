@@ -1,10 +1,9 @@
 """Everything that can be said about a checkpoint of a run: tasks on all its sets, exhibits, files for other tools."""
 
-import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -34,6 +33,10 @@ from llip_jax.training.state import state_spec
 
 TASKS: tuple[Task, ...] = get_args(Task)
 
+SHOWN: tuple[Task, ...] = ("zero_shot", "retrieval", "diagnostics")
+"""What exhibits show, done with them."""
+
+_MOST_GROUPS = 256
 _ROBUST = ("zero_shot", "top_1_accuracy")
 """Task and figure of which mean and worst over variants of a set are reported."""
 
@@ -59,6 +62,8 @@ def evaluate_run(
     """
     config = resolve(overridden(to_dict(run_directory.read_config(workdir)), overrides))
     tasks = config.eval.tasks if tasks is None else tuple(tasks)
+    if "exhibits" in tasks:
+        tasks = tuple(dict.fromkeys((*tasks, *SHOWN)))
     mesh = make_mesh(config.mesh)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True)
     step = checkpoints.latest if step is None else step
@@ -74,7 +79,8 @@ def evaluate_run(
     tokenizer = own_tokenizer(config, sets[""].source, workdir)
     path = workdir / "eval" / f"{step}.json"
     before = _earlier(path)
-    with jax.set_mesh(mesh), _folder(path.with_suffix("")) as folder:
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         spec = state_spec(config, make_optimizer(config.optimizer, config.train.steps), mesh)
         params = checkpoints.restore_params(step, spec.abstract.params)
         evaluators = {
@@ -92,12 +98,13 @@ def evaluate_run(
             looks = Looks(config, spec.graph, params, tokenizer, sets[name].source, reading)
             # Exhibits are of the run's own set.
             found[name] = _look_at(reading, looks, tasks, config.eval, None if name else folder)
+            del reading, looks  # Before the next set's scores are there too.
         results: dict[str, Any] = {"step": step, "overrides": list(overrides), **found[""].figures}
         if further := {name: own.figures for name, own in found.items() if name}:
             results["sets"] = further
         if robust := _robustness({name or "own": own.figures for name, own in found.items()}, config.eval):
             results["robustness"] = robust
-        kept = asked_the_same(before, results)
+        kept = bool(before) and asked_the_same(before, results)
         written = merged(before, results) if kept else results
         if jax.process_index() == 0:
             _write(folder, workdir / "eval", written, found, config, f"{workdir.name}-{step}", kept)
@@ -141,7 +148,10 @@ def _look_at(reading: Reading, looks: Looks, tasks: Sequence[Task], config: Eval
         except LeftOut as reason:
             figures.setdefault("left_out", {})["inversion"] = str(reason)
     for field in config.groups:
-        if set(groups := reading.groups(field)) != {NO_VALUE}:
+        values = len(set(groups := reading.groups(field)))
+        if values > _MOST_GROUPS:
+            figures.setdefault("left_out", {})[f"groups by {field}"] = f"{values} values, more than {_MOST_GROUPS}"
+        elif set(groups) != {NO_VALUE}:
             figures.setdefault("groups", {})[field] = by_group(result.outcomes, groups)
     if folder is not None and "exhibits" in tasks:
         pictures = Pictures(folder, looks.pixels)
@@ -180,7 +190,7 @@ def _robustness(figures: Mapping[str, Mapping[str, Any]], config: EvalConfig) ->
 
 
 def _write(
-    folder: Path,
+    made: Path,
     evaluations: Path,
     results: Mapping[str, Any],
     found: Mapping[str, _Found],
@@ -188,36 +198,35 @@ def _write(
     weights: str,
     kept: bool,
 ) -> None:
-    """Outcomes of all sets, and CLIP_benchmark's documents; with ``kept`` beside what an earlier evaluation wrote."""
-    earlier = evaluations / str(results["step"])
-    if kept and earlier.is_dir():
-        old = [path for path in earlier.iterdir() if path.is_dir() or not (folder / "exhibits.json").exists()]
-        for path in old:
-            (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
-    for name, own in found.items():
-        place = folder / "sets" / f"{name}.npz" if name else evaluations / f"{results['step']}.npz"
-        place.parent.mkdir(exist_ok=True)
-        outcomes = own.outcomes
-        if kept and place.exists() and (before := load_outcomes(place))[:2] == (own.names, own.digests):
-            outcomes = before.outcomes | outcomes
-        save_outcomes(place, own.names, own.digests, outcomes)
-        # What clip_benchmark build puts in a table with others'.
-        documents = folder / "clip_benchmark"
-        model = f"llip_jax-{config.model.pooler}-{config.model.size}-K{config.model.mixture_tokens}"
-        dataset = name or Path(config.data.eval_path or config.data.path or config.data.source).name
-        for file, document in clip_benchmark.documents(own.figures, dataset, model, weights).items():
-            documents.mkdir(exist_ok=True)
-            write_json(documents / file, document)
+    """The folder of a step, with the exhibits that were ``made``, and the outcomes of all sets; with ``kept`` beside
+    what an earlier evaluation wrote."""
+    place = evaluations / str(results["step"])
+    there = [entry.name for entry in place.iterdir()] if place.is_dir() else []
+    with replacing_folder(place, overwrite=True, files=there) as folder:
+        if kept and place.is_dir():
+            shutil.copytree(place, folder)
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+        if kept and (place / "exhibits.json").exists() and (made / "exhibits.json").exists():
+            new = {name: shown for name, shown in _earlier(made / "exhibits.json").items() if shown}
+            write_json(folder / "exhibits.json", _earlier(place / "exhibits.json") | new)
+        for name, own in found.items():
+            target = folder / "sets" / f"{name}.npz" if name else place.with_suffix(".npz")
+            target.parent.mkdir(exist_ok=True)
+            save_outcomes(target, own.names, own.digests, (_outcomes(target, own) if kept else {}) | own.outcomes)
+            # What clip_benchmark build puts in a table with others'.
+            model = f"llip_jax-{config.model.pooler}-{config.model.size}-K{config.model.mixture_tokens}"
+            dataset = name or Path(config.data.eval_path or config.data.path or config.data.source).name
+            if not name and dataset in found:
+                dataset += "_own"
+            for file, document in clip_benchmark.documents(own.figures, dataset, model, weights).items():
+                (folder / "clip_benchmark").mkdir(exist_ok=True)
+                write_json(folder / "clip_benchmark" / file, document)
 
 
-@contextlib.contextmanager
-def _folder(path: Path) -> Iterator[Path]:
-    """A folder that takes the place of ``path`` at the end; one that is thrown away in all processes but the first."""
-    if jax.process_index() != 0:
-        with tempfile.TemporaryDirectory() as temporary:
-            yield Path(temporary)
-        return
-    there = [entry.name for entry in path.iterdir()] if path.is_dir() else []
-    with replacing_folder(path, overwrite=True, files=there) as replacement:
-        replacement.mkdir()
-        yield replacement
+def _outcomes(path: Path, own: _Found) -> dict[str, Outcome]:
+    """What is known of the same images already; nothing where the file is missing or damaged."""
+    try:
+        before = load_outcomes(path)
+    except ConfigError:
+        return {}
+    return before.outcomes if (before.names, before.digests) == (own.names, own.digests) else {}

@@ -15,6 +15,9 @@ from llip_jax.evaluation.figures import Outcome, figures_of, intervals, save_out
 STEPS = (250, 500)
 _PIXELS = 32
 _HEADS, _TOKENS = 4, 8
+_CAPTIONS, _CLASSES = 6, 300
+_WHILE_TRAINING = ("zero_shot", "retrieval")
+_PROBES, _EMBEDDINGS = ("knn", "linear_probe"), ("unconditioned", "tower", "patches")
 
 CONFIG: dict[str, Any] = {
     "model": {"size": "Ti/4", "image_size": _PIXELS, "mixture_tokens": _TOKENS, "mixer_heads": _HEADS},
@@ -39,14 +42,19 @@ def write_run(workdir: Path, seed: int = 0, images: int = 24, hostile: str = "")
     (workdir / "config.json").write_text(json.dumps(to_dict(resolve(config))))
     (workdir / "model.txt").write_text("pooler/key  [128, 4, 16]\n\nparameters: 914,178 (0.003 GiB in float32)\n")
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in _metrics(rng)))
-    for step in STEPS:
-        outcomes = _outcomes(rng, images, step / STEPS[-1])
-        results = {"step": step, **_results(rng, outcomes, images, hostile)}
-        (workdir / "eval" / f"{step}.json").write_text(json.dumps(results))
-        names = [world[i].name + hostile for i in range(images)]
-        save_outcomes(workdir / "eval" / f"{step}.npz", names, outcomes)
-    folder = workdir / "eval" / str(STEPS[-1])
-    folder.mkdir()
+    names = [world[i].name + hostile for i in range(images)]
+    digests = [f"{i:032x}" for i in range(images)]
+    early, late = (_outcomes(rng, images, skill) for skill in (0.5, 1))
+    in_training = {"step": STEPS[0], **_counts(images), **_figures(early, _WHILE_TRAINING)}
+    (workdir / "eval" / f"{STEPS[0]}.json").write_text(json.dumps(in_training))
+    save_outcomes(workdir / "eval" / f"{STEPS[1]}.npz", names, digests, late)
+    folder = workdir / "eval" / str(STEPS[1])
+    (folder / "sets").mkdir(parents=True)
+    of_set = _outcomes(rng, 12, 1)
+    results = {"step": STEPS[1], "overrides": [], **_results(rng, late, images, hostile)}
+    results |= {"sets": {"photos": _results(rng, of_set, 12, hostile)}, "robustness": _robustness(hostile)}
+    (workdir / "eval" / f"{STEPS[1]}.json").write_text(json.dumps(results))
+    save_outcomes(folder / "sets" / "photos.npz", names[:12], digests[:12], of_set)
     (folder / "exhibits.json").write_text(json.dumps(_exhibits(rng, world, folder, hostile)))
 
 
@@ -76,63 +84,166 @@ def _metrics(rng: np.random.Generator) -> list[dict[str, Any]]:
 
 def _outcomes(rng: np.random.Generator, images: int, skill: float) -> dict[str, Outcome]:
     """By TASK/FIGURE."""
-    captions = 6
-    by_image, by_caption = np.arange(images), np.repeat(np.arange(images), captions)
+    by_image, by_caption = np.arange(images), np.repeat(np.arange(images), _CAPTIONS)
     figures = {
-        "zero_shot/top_1_accuracy": (by_image, 0.3, 1 / 300),
-        "zero_shot/top_5_accuracy": (by_image, 0.9, 5 / 300),
         "retrieval/image_to_text_recall_at_1": (by_image, 0.2, 1 / images),
         "retrieval/image_to_text_recall_at_5": (by_image, 0.5, 5 / images),
         "retrieval/text_to_image_recall_at_1": (by_caption, 0.1, 1 / images),
         "retrieval/text_to_image_recall_at_5": (by_caption, 0.3, 5 / images),
-        "choice/accuracy": (by_image, 0.7, 0.25),
+        "choice/accuracy": (by_image, 0.7, 0.5),
     }
+    for task in ("zero_shot", *(f"{probe}/{name}" for probe in _PROBES for name in _EMBEDDINGS)):
+        figures |= {
+            f"{task}/top_1_accuracy": (by_image, 0.3, 1 / _CLASSES),
+            f"{task}/top_5_accuracy": (by_image, 0.9, 5 / _CLASSES),
+            f"{task}/mean_per_class_recall": (by_image, 0.3, 1 / _CLASSES),
+        }
+    in_class = np.bincount(by_image % 7)[by_image % 7]
     return {
         name: Outcome(
-            (rng.random(len(unit)) < skill * rate).astype(float), unit, np.ones(len(unit)), np.full(len(unit), chance)
+            (rng.random(len(unit)) < skill * rate).astype(float),
+            unit,
+            1 / in_class if name.endswith("per_class_recall") else np.ones(len(unit)),
+            np.full(len(unit), chance),
         )
         for name, (unit, rate, chance) in figures.items()
     }
 
 
+def _counts(images: int) -> dict[str, int]:
+    return {"images": images, "unreadable_images": 1, "texts": _CAPTIONS * images, "classes": _CLASSES}
+
+
+def _figures(outcomes: dict[str, Outcome], tasks: tuple[str, ...]) -> dict[str, Any]:
+    """Figures with chance levels, nested by task and embedding."""
+    nested: dict[str, Any] = {}
+    for path, value in figures_of({k: v for k, v in outcomes.items() if k.split("/")[0] in tasks}).items():
+        *parts, name = path.split("/")
+        holder = nested
+        for part in parts:
+            holder = holder.setdefault(part, {})
+        holder[name] = value
+    return nested
+
+
 def _results(rng: np.random.Generator, outcomes: dict[str, Outcome], images: int, hostile: str) -> dict[str, Any]:
-    results: dict[str, Any] = {"images": images, "unreadable_images": 1, "texts": 6 * images, "classes": 300}
-    figures, ranges = figures_of(outcomes), intervals(outcomes)
-    for path, value in (figures | {f"{path}_interval": list(limits) for path, limits in ranges.items()}).items():
-        task, name = path.split("/")
-        results.setdefault(task, {})[name] = value
-    results["retrieval"]["image_to_text_median_rank"] = 24.0
-    results["knn"] = {"unconditioned": {"top_1_accuracy": 0.4, "top_1_accuracy_chance": 0.003, "k": 20}}
+    """Of one set, as launch/evaluate.py writes it."""
+    results: dict[str, Any] = _counts(images) | _figures(outcomes, (*_WHILE_TRAINING, "choice", *_PROBES))
+    for path, limits in intervals(outcomes, draws=50).items():
+        *parts, name = path.split("/")
+        holder = results
+        for part in parts:
+            holder = holder[part]
+        holder[f"{name}_interval"] = list(limits)
+    results["retrieval"] |= {"image_to_text_median_rank": 24.0, "text_to_image_median_rank": 31.5}
+    counts = {"training_images": 2000, "unseen_images": 6, "classes": 446}
+    for place, name in enumerate(_EMBEDDINGS):
+        results["knn"][name] |= {"k": 20, "temperature": 0.07, **counts}
+        results["linear_probe"][name] |= {
+            "inverse_regularization": (10.0, 1.0, 10.0)[place],
+            "converged": name != "tower",
+            **counts,
+        }
+    results["asked"] = {
+        "images": f"images {images}",
+        "texts": f"texts {images}",
+        "classes": "classes",
+        "training": "training",
+    }
     results["groups"] = {
         f"background{hostile}": {
             colour + hostile: {
-                "queries": int(rng.integers(20, 90)),
-                "zero_shot/top_1_accuracy": float(rng.uniform(0.1, 0.4)),
-                "retrieval/image_to_text_recall_at_1": float(rng.uniform(0.05, 0.2)),
+                "queries": int(rng.integers(*size)),
+                **_flat(_figures(outcomes, (*_WHILE_TRAINING, *_PROBES))),
             }
-            for colour in ("red", "green", "blue", "white")
+            for colour, size in (("red", (20, 90)), ("green", (20, 90)), ("blue", (2, 19)))
         }
     }
+    results["diagnostics"] = _diagnostics(rng, images)
+    results["left_out"] = {"inversion": f"images share no labels{hostile}"}
+    return results
+
+
+def _flat(figures: dict[str, Any], path: str = "") -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key, value in figures.items():
+        found |= _flat(value, f"{path}{key}/") if isinstance(value, dict) else {f"{path}{key}": value}
+    return found
+
+
+def _diagnostics(rng: np.random.Generator, images: int) -> dict[str, Any]:
     use = rng.dirichlet(np.ones(_TOKENS), _HEADS)
-    results["diagnostics"] = {
+    pairs = _CAPTIONS * images
+    lengths = {"unconditioned": 64, "tower": 128, "patches": 128, "mixed": 64, "text": 64}
+    geometry = {"alignment": 1.5, "uniformity_image": -2.4, "modality_gap": 0.86, "modality_separability": 1.0}
+    schur = {"entropy": 0.6, "image_entropy": 1.8, "text_entropy": 1.1, "text_share": 0.7, "text_share_chance": 0.36}
+    return {
         "spectra": {
             name: {
-                "singular_values": (30 * np.exp(-np.arange(64) / decay)).tolist(),
-                "effective_rank": 1.8 * decay,
-                "dimensions": 64,
+                "singular_values": (0.4 * np.exp(-np.arange(d) / 14)).tolist(),
+                "effective_rank": 25.0 + d / 100,
+                "participation_ratio": 5.6,
+                "mean_length": 0.59,
+                "dimensions": d,
+                "images": images,
             }
-            for name, decay in (("unconditioned", 9.0), ("mixture_mean", 14.0), ("text", 18.0))
+            for name, d in lengths.items()
         },
-        "geometry": {"alignment": 1.02, "uniformity_image": -1.9, "uniformity_text": -2.4, "modality_gap": 0.61},
+        "geometry": {
+            "pairs": pairs,
+            "uniformity_rows": 8192,
+            "uniformity_text": -2.1,
+            **geometry,
+            **{f"unconditioned_{name}": value for name, value in geometry.items()},
+        },
         "mixture": {
-            "entropy": (-(use * np.log(use)).sum(1)).tolist(),
+            "pairs": pairs,
+            "images_of_several_captions": images,
+            "entropy": (-(use * np.log(use)).sum(1) / np.log(_TOKENS)).tolist(),
             "token_use": use.tolist(),
-            "movement": 0.37,
+            "token_largest": rng.dirichlet(np.ones(_TOKENS), _HEADS).tolist(),
+            "dead_tokens": [0, 1, 0, 0],
+            "dead_in_all_heads": 0,
+            "movement": 0.49,
+            "movement_by_head": rng.random(_HEADS).tolist(),
+            "caption_share": 0.68,
+            "mixed_cosine": 0.8,
+            "mixed_cosine_between_images": 0.26,
+        },
+        "schur": {
+            "pairs": pairs,
+            "unconditioned": {**schur, "text_rank": 64},
+            "mixed": {**schur, "text_rank": 64},
+            "factors": {"colour": {"variance_share": 0.297, "variance_share_chance": 0.014}},
+        },
+        "attribution": {
+            "images": 64,
+            "threshold": -5e-05,
+            "cosine_own": 0.25,
+            "f_clip_score_own": -0.01,
+            "misaligned_words_own": 0.37,
+            "cosine_other": -0.38,
+            "f_clip_score_other": -0.03,
+            "misaligned_words_other": 0.41,
+            "auroc_cosine": 0.97,
+            "auroc_f_clip_score": 0.68,
+            "auroc_chance": 0.5,
+        },
+        "inversion": {
+            "images": 256,
+            "gallery": 499,
+            "steps": 150,
+            "pseudo_words": 1,
+            "intra_modal_map": 0.45,
+            "inter_modal_map": 0.34,
+            "map_chance": 0.015,
+            "cosine": 0.44,
         },
     }
-    results["left_out"] = {"linear_probe": f"needs labelled training images{hostile}"}
-    results["sets"] = {"photos": {"images": 12, "unreadable_images": 0, "zero_shot": results["zero_shot"]}}
-    results["robustness"] = {
+
+
+def _robustness(hostile: str) -> dict[str, Any]:
+    return {
         f"photos{hostile}": {
             "members": ["own", "photos"],
             "top_1_accuracy_mean": 0.2,
@@ -140,7 +251,6 @@ def _results(rng: np.random.Generator, outcomes: dict[str, Outcome], images: int
             "worst_member": "photos",
         }
     }
-    return results
 
 
 def _exhibits(rng: np.random.Generator, world: ToyWorld, folder: Path, hostile: str) -> dict[str, Any]:

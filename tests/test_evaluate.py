@@ -153,19 +153,19 @@ def test_a_later_evaluation_adds_to_one_that_was_asked_the_same_and_replaces_ano
     shutil.copytree(finished_run(), tmp_path / "run")
     path, folder = tmp_path / "run/eval/8.json", tmp_path / "run/eval/8"
     trained = json.loads(path.read_text())
-    evaluate_run(tmp_path / "run", None, (), ("exhibits", "retrieval", "zero_shot"))
+    evaluate_run(tmp_path / "run", None, (), ("exhibits",))
     first = json.loads(path.read_text())
     assert first["zero_shot"]["top_1_accuracy"] == trained["zero_shot"]["top_1_accuracy"]
-    evaluate_run(tmp_path / "run", None, (), ("diagnostics",))
+    evaluate_run(tmp_path / "run", None, (), ("knn",))
     second = json.loads(path.read_text())
-    assert second["retrieval"] == first["retrieval"] and "spectra" in second["diagnostics"]
+    assert second["retrieval"] == first["retrieval"] and second["texts"] == first["texts"] and "knn" in second
     assert (folder / "exhibits.json").exists() and [*folder.glob("*.webp")]
     assert "retrieval/image_to_text_recall_at_1" in load_outcomes(tmp_path / "run/eval/8.npz").outcomes
 
     evaluate_run(tmp_path / "run", None, ["data.toyworld.eval_size=20"], ("retrieval",))
     third = json.loads(path.read_text())
     assert third["overrides"] == ["data.toyworld.eval_size=20"] and third["images"] == 20
-    assert "diagnostics" not in third and not [*folder.glob("*.webp")]
+    assert "diagnostics" not in third and "knn" not in third and not [*folder.glob("*.webp")]
     assert len(load_outcomes(tmp_path / "run/eval/8.npz").names) == 20
 
 
@@ -180,6 +180,24 @@ def test_classes_by_number_need_names_for_all_of_them(tmp_path):
         ("zero_shot",),
     )
     assert found["sets"]["x"]["unreadable_images"] > 0
+
+
+def test_a_set_of_choices_alone_and_a_choice_alone(tmp_path):
+    source = ToyWorld(read_config(finished_run()).data.toyworld, "eval", 16)
+    folder = tmp_path / "choices"
+    folder.mkdir()
+    lines = []
+    for index in range(5):
+        Image.fromarray(source[index].image).save(folder / f"{index}.png")
+        lines.append(json.dumps({"image": f"{index}.png", "choices": source[index].fields["choices"]}))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    shutil.copytree(finished_run(), tmp_path / "run")
+    sets = {"pairs": {"path": str(folder), "choice_field": "choices"}}
+    overrides = ["eval.choice_field=choices", f"eval.sets={sets!r}"]
+    found = evaluate_run(tmp_path / "run", None, overrides, ("choice", "zero_shot", "retrieval"))
+    alone = evaluate_run(tmp_path / "run", None, overrides, ("choice",))
+    assert found["sets"]["pairs"]["choice"]["accuracy_chance"] == 0.5
+    assert alone["choice"] == found["choice"] and alone["sets"]["pairs"]["choice"] == found["sets"]["pairs"]["choice"]
 
 
 def test_one_image_has_defined_results(tmp_path):

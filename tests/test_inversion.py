@@ -12,8 +12,6 @@ from sklearn.metrics import average_precision_score
 from llip_jax.config import ConfigError
 from llip_jax.evaluation.diagnostics.inversion import (
     average_precision,
-    average_precision_chance,
-    evenly_spaced,
     inversion_figures,
     invert,
     prompt_with_places,
@@ -86,26 +84,31 @@ def labels_with_partners(rng, count, kinds):
     )
 
 
-def test_average_precision_is_that_of_scikit_learn(monkeypatch):
-    """With ties, in blocks that do not divide the queries, and without the query itself."""
+def test_average_precision_is_that_of_scikit_learn_without_ties(monkeypatch):
+    """In blocks that do not divide the queries, and without the query itself."""
     rng = np.random.default_rng()
-    labels, gallery = labels_with_partners(rng, 60, 7), rng.integers(-2, 3, (60, 3)).astype(np.float32)
+    labels, gallery = labels_with_partners(rng, 60, 7), rng.normal(size=(60, 3))
     rows = rng.permutation(60)[:23]
-    queries = rng.integers(-2, 3, (23, 3)).astype(np.float32)
+    queries = rng.normal(size=(23, 3))
     monkeypatch.setattr("llip_jax.evaluation.diagnostics.inversion._BLOCK_PAIRS", 300)
-    found = average_precision(queries, rows, gallery, labels)
-    for query, row, value in zip(queries, rows, found, strict=True):
+    expected = []
+    for query, row in zip(queries, rows, strict=True):
         answers = np.delete(np.arange(60), row)
-        expected = average_precision_score(labels[answers] == labels[row], gallery[answers] @ query)
-        np.testing.assert_allclose(value, expected, rtol=1e-6)
+        expected.append(average_precision_score(labels[answers] == labels[row], gallery[answers] @ query))
+    np.testing.assert_allclose(average_precision(queries, rows, gallery, labels)[0], np.mean(expected), rtol=1e-6)
 
 
-def test_the_chance_level_is_the_mean_over_all_orders():
-    for answers, right in ((1, 1), (4, 1), (5, 3), (5, 5)):
-        scores = np.arange(answers)
-        truths = [np.isin(scores, places) for places in itertools.combinations(range(answers), right)]
-        expected = np.mean([average_precision_score(truth, scores) for truth in truths])
-        np.testing.assert_allclose(average_precision_chance(np.array([right]), answers), [expected])
+def test_equal_scores_get_the_chance_level_which_is_the_mean_over_all_orders():
+    for labels in ([0, 0, 1, 1, 1], [0, 0, 0], [0, 0, 1, 1, 0, 1, 1]):
+        labels = np.array(labels)
+        rows, right = np.arange(len(labels)), [np.delete(labels == labels[row], row) for row in range(len(labels))]
+        found, chance = average_precision(np.ones((len(labels), 2)), rows, np.ones((len(labels), 2)), labels)
+        scores = np.arange(len(labels) - 1)
+        expected = [
+            np.mean([average_precision_score(np.array(t), scores) for t in set(itertools.permutations(own.tolist()))])
+            for own in right
+        ]
+        np.testing.assert_allclose([found, chance], np.mean(expected))
 
 
 def test_figures_of_planted_classes():
@@ -130,12 +133,3 @@ def test_images_of_different_labels_are_refused():
     graph, params = model_of()
     with pytest.raises(ConfigError, match="share a label"):
         inversion_figures(graph, params, np.eye(3, 32), np.arange(3), Letters(), 12)
-
-
-def test_queries_are_evenly_spaced():
-    assert evenly_spaced(10, 5).tolist() == [0, 2, 4, 6, 8]
-    assert evenly_spaced(3, 5).tolist() == [0, 1, 2]
-    assert evenly_spaced(0, 5).tolist() == []
-    for count, most in ((7, 3), (1000, 256)):
-        steps = np.diff([*evenly_spaced(count, most), count])
-        assert len(steps) == most and np.ptp(steps) <= 1

@@ -189,6 +189,13 @@ class EvalConfig(ClassesConfig):
     def _listed(cls, value: Any) -> Any:
         return listed(value)
 
+    @field_validator("scorers")
+    @classmethod
+    def _some(cls, value: tuple[Scorer, ...]) -> tuple[Scorer, ...]:
+        if not value:
+            raise ValueError("expected at least one scorer")
+        return value
+
     @field_validator("tasks")
     @classmethod
     def _in_training(cls, value: tuple[Task, ...]) -> tuple[Task, ...]:

@@ -17,7 +17,7 @@ class EvalSet(NamedTuple):
     """Samples to evaluate on, and what is known about their classes.
 
     name: key in ``eval.sets``; "" is the run's own set.
-    source: the samples; those of named sets may lack captions (``captions=()``), and any may lack a label.
+    source: the samples; those of named sets may lack captions (``captions=()``).
     train: opens labelled training images; None where there are none.
     label_field: record field with the labels; see :func:`label_names`. None: there are none.
     class_names: by class number, where the data says; names may repeat.

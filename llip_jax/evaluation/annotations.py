@@ -15,8 +15,8 @@ from llip_jax.data.pipeline import read_patiently
 from llip_jax.data.records import BadSample, Record, Source
 from llip_jax.evaluation.class_texts import class_spec, read_templates
 from llip_jax.evaluation.classes import ClassSpec
-from llip_jax.evaluation.reading import Annotation, digest_of
-from llip_jax.evaluation.scoring import Bar, Progress, silent
+from llip_jax.evaluation.reading import Annotation, digest_of, spread
+from llip_jax.evaluation.scoring import Bar, silent
 
 Label = str | int
 
@@ -50,56 +50,67 @@ def annotate(
     source = eval_set.source
     if not len(source):
         raise ConfigError(f"{field}: expected at least one sample, got none")
-    with bar(len(source), "record", "reading captions") as progress:
-        records, problem = _records(source, progress)
-    if not any(records):
-        raise ConfigError(f"{field}: none of the {len(source)} images can be read; the first: {problem}")
     setting = "data.label_field" if field == "eval" else f"{field}.label_field"
-    labels: list[tuple[Label, ...]] = [()] * len(records)
+    records: list[_Known | None] = []
+    problem = ""
+    with bar(len(source), "record", "reading captions") as progress:
+        for index in range(len(source)):
+            try:
+                record = read_patiently(source, index, time.sleep)
+                labels = _labels(record, eval_set.label_field, setting)
+                records.append(_Known(_digested(record), labels, _choices(record, own.choice_field, field)))
+            except (BadSample, OSError) as error:  # left out of every evaluation, also should it become readable
+                problem = problem or str(error)
+                records.append(None)
+            progress(1)
+    read = [known for known in records if known]
+    if not read:
+        raise ConfigError(f"{field}: none of the {len(source)} images can be read; the first: {problem}")
     classes, multi_label = None, False
     if eval_set.label_field is not None:
-        labels = [_labels(record, eval_set.label_field, setting) if record else () for record in records]
-        multi_label = any(record and len(own) != 1 for record, own in zip(records, labels, strict=True))
+        multi_label = any(len(known.labels) != 1 for known in read)
         prompts = read_templates(own.templates_from, field) if own.templates_from else eval_set.templates or templates
-        classes = _classes(eval_set, own, prompts, labels, field)
+        classes = _classes(eval_set, own, prompts, [known.labels for known in read], field)
     numbers = {} if classes is None else {name: number for number, name in enumerate(classes.names)}
-    annotations = [
-        None
-        if record is None
-        else Annotation(
-            record.name,
-            record.captions[: record.specific],
-            tuple(_number(one, numbers, f"{setting}: {record.name}") for one in own_labels),
-            _choices(record, own.choice_field, field),
-            record.fields,
-            digest_of(record.image_group, *record.captions, *_choices(record, own.choice_field, field)),
-        )
-        for record, own_labels in zip(records, labels, strict=True)
-    ]
+    annotations = [known and _annotation(known, numbers, setting) for known in records]
     return Annotated(annotations, classes, multi_label, problem)
 
 
-def _records(source: Source, progress: Progress) -> tuple[list[Record | None], str]:
-    """Records with a digest in place of their pictures, which would not fit memory, and the first problem."""
-    problem = ""
-    records: list[Record | None] = []
-    for index in range(len(source)):
-        try:
-            record = read_patiently(source, index, time.sleep)
-            picture = record.image if isinstance(record.image, bytes) else record.image.tobytes()
-            records.append(dataclasses.replace(record, image=b"", image_group=digest_of(picture)))
-        except (BadSample, OSError) as error:  # left out of every evaluation, also should it become readable
-            problem = problem or str(error)
-            records.append(None)
-        progress(1)
-    return records, problem
+class _Known(NamedTuple):
+    """A record with a digest in place of its picture, its labels, and the captions it is to choose from."""
+
+    record: Record
+    labels: tuple[Label, ...]
+    choices: tuple[str, ...]
 
 
-def _labels(record: Record, field: str, setting: str) -> tuple[Label, ...]:
+def _annotation(known: _Known, numbers: Mapping[str, int], setting: str) -> Annotation:
+    record, labels, choices = known
+    return Annotation(
+        record.name,
+        record.captions[: record.specific],
+        tuple(_number(label, numbers, f"{setting}: {record.name}") for label in labels),
+        choices,
+        record.fields,
+        digest_of(record.image_group, *record.captions, *choices),
+    )
+
+
+def _digested(record: Record) -> Record:
+    """Without its picture: those of a set would not fit memory."""
+    picture = record.image if isinstance(record.image, bytes) else record.image.tobytes()
+    return dataclasses.replace(record, image=b"", image_group=digest_of(picture))
+
+
+def _labels(record: Record, field: str | None, setting: str) -> tuple[Label, ...]:
     """Class names or numbers of a record; several, or none, in a set with several labels an image."""
+    if field is None:
+        return ()
     labels = label_names(record, field, setting)
     if not labels and lookup(record.name, record.fields, field) is None:
-        known = nearest(field, list(record.fields))
+        if field in record.fields:
+            raise ConfigError(f"{setting}: the {field!r} of {record.name} is null, expected a class")
+        known = nearest(field, list(record.fields)) if record.fields else " It has no fields."
         raise ConfigError(f"{setting}: {record.name} has no field {field!r}.{known}")
     return labels
 
@@ -121,6 +132,8 @@ def _classes(
             f"{field}.classes: the labels of {eval_set.label_field!r} are numbers ({numbers[0]}, ...); expected the "
             "names of the classes, in order"
         )
+    if not names:
+        raise ConfigError(f"{field}: no image has a label in {eval_set.label_field!r}, and {field}.classes names none")
     return ClassSpec.from_names(sorted(map(str, names)), templates)
 
 
@@ -158,24 +171,31 @@ class TrainingLabels(NamedTuple):
     digest: str
 
 
-def training_labels(eval_set: EvalSet, classes: ClassSpec, most: int) -> TrainingLabels | None:
-    """At most ``most`` training images with one label each, evenly spread; None where the set has none."""
+def training_labels(eval_set: EvalSet, classes: ClassSpec, most: int, bar: Bar = silent) -> TrainingLabels | None:
+    """At most ``most`` training images with one label each, evenly spread; None where the set has none.
+
+    Numbers that are no class's (-1 marks the unlabelled in TensorFlow Datasets) leave their image out.
+    """
     if eval_set.train is None or eval_set.label_field is None:
         return None
     source, field = eval_set.train(), eval_set.label_field
     numbers = {name: number for number, name in enumerate(classes.names)}
     indices, labels, known = [], [], []
-    for index in np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).astype(int)).tolist():
-        try:
-            record = read_patiently(source, index, time.sleep)
-        except (BadSample, OSError):
-            continue
-        found = label_names(record, field)
-        if len(found) == 1:
-            label = found[0] if isinstance(found[0], int) else numbers.setdefault(found[0], len(numbers))
+    candidates = spread(range(len(source)), most).tolist()
+    with bar(len(candidates), "record", "reading training labels") as progress:
+        for index in candidates:
+            progress(1)
+            try:
+                record = read_patiently(source, index, time.sleep)
+                found = label_names(record, field, f"the training images' {field!r}")
+            except (BadSample, OSError):
+                continue
+            if len(found) != 1 or (isinstance(found[0], int) and not 0 <= found[0] < len(classes.names)):
+                continue
+            name = found[0]
+            labels.append(name if isinstance(name, int) else numbers.setdefault(name, len(numbers)))
             indices.append(index)
-            labels.append(label)
-            known += [record.name, str(found[0])]
+            known += [record.name, str(name)]
     picked = _Picked(source, indices)
     return TrainingLabels(picked, np.asarray(labels, np.int64), digest_of(*known)) if indices else None
 

@@ -8,17 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llip_jax.config import Config, ConfigError, Task
 from llip_jax.data.evaluation_sets import EvalSet
-from llip_jax.data.fields import lookup
 from llip_jax.data.pipeline import eval_blocks
 from llip_jax.data.records import Source
 from llip_jax.data.tokenizers import Tokenizer
 from llip_jax.evaluation.annotations import annotate, training_labels
-from llip_jax.evaluation.reading import Annotation, Labelled, Own, Reading
+from llip_jax.evaluation.reading import Annotation, Labelled, Own, Reading, digest_of
 from llip_jax.evaluation.scorers import SCORERS, mean_text
 from llip_jax.evaluation.scoring import Bar, Progress, own_scores, score_blocks, silent, to_all_devices
 from llip_jax.evaluation.tasks import run_tasks
@@ -93,7 +93,12 @@ class Evaluator:
         self._texts = texts_of(self._known, self._tasks)
         self._train = None
         if self._tasks & {"knn", "linear_probe"} and self._known.classes is not None and not self._known.multi_label:
-            self._train = training_labels(eval_set, self._known.classes, config.eval.probe_images)
+            self._train = training_labels(eval_set, self._known.classes, config.eval.probe_images, bar)
+        if jax.process_count() > 1:  # Else shapes may differ, and processes wait for each other for ever.
+            known = digest_of(*(own.digest if own else "" for own in self._known.annotations), *self._texts.listed)
+            multihost_utils.assert_equal(
+                np.frombuffer(known.encode(), np.uint8), f"{self._field}: processes have read different annotations"
+            )
         self._rows, whole = batch_sharding(mesh), NamedSharding(mesh, PartitionSpec())
 
         def images_of(params: Any, images: UInt8[Array, "n H W 3"]) -> tuple[ImageSide, dict[str, Float[Array, "n _"]]]:
@@ -131,7 +136,7 @@ class Evaluator:
     def has_field(self, field: str) -> bool:
         """Whether any record has a field, or a nested one by dots."""
         known = (annotation for annotation in self._known.annotations if annotation)
-        return any(lookup(own.name, own.fields, field) is not None for own in known)
+        return any(own.value(field) is not None for own in known)
 
     def __call__(self, params: Any, progress: Progress = lambda _: None) -> dict[str, Any]:
         """Figures by task, each with its chance level beside it.
@@ -152,9 +157,8 @@ class Evaluator:
         usable = np.asarray([annotation is not None for annotation in known.annotations])
         read = _joined(self._pass(params, self._set.source, usable, texts, progress))
         if read is None:
-            raise ConfigError(
-                f"{self._field}: none of the {len(usable)} images can be read; the first: {known.first_problem}"
-            )
+            first = f"; the first: {known.first_problem}" if known.first_problem else ", as the log says"
+            raise ConfigError(f"{self._field}: none of the {len(usable)} images can be read{first}")
         annotations = [annotation for row in read.rows if (annotation := known.annotations[row])]
         captions = own_texts.listed[: own_texts.captions]
         positives = _positives(annotations, captions)
@@ -222,9 +226,10 @@ class Evaluator:
                 own = {}
                 if on_devices is not None:
                     for name, rows in self._texts.own.items():
-                        own[name] = self._own_scores(
-                            side, on_devices, self._put(np.maximum(rows[start : start + size], 0))
-                        )
+                        texts_of_images = self._put(np.maximum(rows[start : start + size], 0))
+                        own[name] = self._own_scores(side, on_devices, texts_of_images)
+                        if name == "choices":  # of which nothing else is asked
+                            own[name] = own[name]._replace(mixed=None, weights=None)
                 waiting.append((self._gathered(self._put_own(usable)), embeddings, own))
                 yield side
 
@@ -256,6 +261,8 @@ class Evaluator:
             if "texts" in wanted:
                 sides["texts"] = of_classes
         ends = np.cumsum([len(side.embedding) for side in sides.values()]).tolist()
+        if not ends[-1]:
+            return _Columns(None, {})
         parts = dict(zip(sides, map(slice, [0, *ends], ends), strict=False))
         return _Columns(jax.tree.map(lambda *x: np.concatenate(x), *sides.values()), parts)
 

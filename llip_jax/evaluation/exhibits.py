@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
 from llip_jax.evaluation.figures import Outcome
-from llip_jax.evaluation.reading import Reading
+from llip_jax.evaluation.reading import Reading, spread
 
 QUERIES = 6
 """Queries answered right, and as many answered wrong, of each gallery."""
@@ -65,20 +65,22 @@ def galleries(reading: Reading, outcomes: Mapping[str, Outcome], pictures: Pictu
     scores, positives = reading.caption_scores, reading.positives
     if (hits := outcomes.get("retrieval/image_to_text_recall_at_1")) is not None:
         shown["image_to_text"] = [
-            _image_query(reading, int(row), pictures) for row in hits.unit[_right_and_wrong(hits.values)]
+            _image_query(reading, int(hits.unit[query]), hits.values[query], pictures)
+            for query in _right_and_wrong(hits.values)
         ]
     if (hits := outcomes.get("retrieval/text_to_image_recall_at_1")) is not None:
-        shown["text_to_image"] = [
-            {
-                "text": reading.texts[column],
-                **_ranked(scores[:, column], positives[:, column]),
-                "answers": [
-                    {"image": pictures.of(row), "name": reading.annotations[row].name, "score": score, "right": right}
-                    for row, score, right in _best(scores[:, column], positives[:, column])
-                ],
-            }
-            for column in _right_and_wrong(hits.values)
-        ]
+        described = np.flatnonzero(positives.any(axis=1))  # other images are no answers
+        shown["text_to_image"] = []
+        for column in _right_and_wrong(hits.values):
+            own_scores, right = scores[described, column], positives[described, column]
+            answers = [
+                {"image": pictures.of(row), "name": reading.annotations[row].name, "score": score, "right": match}
+                for row, score, match in (
+                    (int(described[i]), score, match) for i, score, match in _best(own_scores, right)
+                )
+            ]
+            ranked = _ranked(own_scores, right, hits.values[column])
+            shown["text_to_image"].append({"text": reading.texts[column], **ranked, "answers": answers})
     if (hits := outcomes.get("zero_shot/top_1_accuracy")) is not None and reading.classes is not None:
         names, class_scores = reading.classes.names, reading.class_scores["mean_text"]
         shown["zero_shot"] = [
@@ -97,12 +99,12 @@ def galleries(reading: Reading, outcomes: Mapping[str, Outcome], pictures: Pictu
     return shown
 
 
-def _image_query(reading: Reading, row: int, pictures: Pictures) -> dict[str, Any]:
+def _image_query(reading: Reading, row: int, hit: float, pictures: Pictures) -> dict[str, Any]:
     scores, positives = reading.caption_scores[row], reading.positives[row]
     return {
         "image": pictures.of(row),
         "name": reading.annotations[row].name,
-        **_ranked(scores, positives),
+        **_ranked(scores, positives, hit),
         "captions": list(reading.annotations[row].captions),
         "answers": [
             {"text": reading.texts[column], "score": score, "right": right}
@@ -111,9 +113,9 @@ def _image_query(reading: Reading, row: int, pictures: Pictures) -> dict[str, An
     }
 
 
-def _ranked(scores: Float[np.ndarray, "A"], positives: Bool[np.ndarray, "A"]) -> dict[str, Any]:
-    rank = 1 + int(np.count_nonzero(scores > scores[positives].max()))
-    return {"right": rank == 1, "rank": rank}
+def _ranked(scores: Float[np.ndarray, "A"], positives: Bool[np.ndarray, "A"], hit: float) -> dict[str, Any]:
+    """Whether the query counts as right, and the rank of its best positive; ``hit`` is below 1 where it ties."""
+    return {"right": bool(hit > 0.5), "rank": 1 + int(np.count_nonzero(scores > scores[positives].max()))}
 
 
 def _best(scores: Float[np.ndarray, "A"], right: Bool[np.ndarray, "A"]) -> list[tuple[int, float, bool]]:
@@ -126,12 +128,6 @@ def _right_and_wrong(hits: Float[np.ndarray, "Q"]) -> Int[np.ndarray, "q"]:
     """Queries of both kinds, as evenly spread as there are."""
     kinds = (np.flatnonzero(hits > 0.5), np.flatnonzero(hits <= 0.5))
     return np.concatenate([spread(kind, QUERIES) for kind in kinds])
-
-
-def spread(items: Sequence[int] | Int[np.ndarray, "n"], most: int) -> Int[np.ndarray, "m"]:
-    """At most so many of the items, evenly spaced."""
-    items = np.asarray(items, int)
-    return items[np.unique(np.linspace(0, max(len(items) - 1, 0), min(most, len(items))).astype(int))]
 
 
 def mapped(

@@ -1,5 +1,6 @@
 """A model looked at closely, on some images of a set: maps, attributed words, inversion."""
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,14 +9,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from llip_jax.config import Config
+from llip_jax.config import Config, ConfigError
 from llip_jax.data.images import open_picture, resize_for_eval
-from llip_jax.data.records import Source
+from llip_jax.data.pipeline import read_patiently
+from llip_jax.data.records import BadSample, Source
 from llip_jax.data.tokenizers import Tokenizer
 from llip_jax.evaluation.diagnostics import attribution, inversion
-from llip_jax.evaluation.exhibits import CAPTIONS, MISMATCHES, Picture, spread
+from llip_jax.evaluation.exhibits import CAPTIONS, MISMATCHES, Picture
 from llip_jax.evaluation.maps import caption_maps, uncaptioned_maps
-from llip_jax.evaluation.reading import Reading
+from llip_jax.evaluation.reading import Reading, spread
 from llip_jax.evaluation.scoring import Bar, Progress
 from llip_jax.evaluation.tasks import LeftOut
 from llip_jax.ops.pair_scores import TextSide
@@ -63,7 +65,11 @@ class Looks:
 
     def pixels(self, row: int) -> Picture:
         """The picture of a row as it is."""
-        image = self._source[int(self._reading.rows[row])].image
+        try:
+            image = read_patiently(self._source, int(self._reading.rows[row]), time.sleep).image
+        except (BadSample, OSError) as error:
+            name = self._reading.annotations[row].name
+            raise ConfigError(f"{name}: was read before, and cannot be read again: {error}") from error
         return open_picture(image, self._config.data.limits).decode(1.0) if isinstance(image, bytes) else image
 
     def seen(self, row: int) -> Picture:
@@ -83,7 +89,7 @@ class Looks:
 
     def words(self, progress: Progress) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Attribution figures of images evenly spread over the set, held against a caption of their own and against
-        one of the next image; and exhibits: some of them with the foreign caption that scores best."""
+        one of a following image; and exhibits: some of them with the foreign caption that scores best."""
         reading, rows = self._reading, self.attributed
         pictures = {row: self.seen(row) for row in rows}
 
@@ -100,7 +106,7 @@ class Looks:
 
         own_texts = [reading.annotations[row].captions[0] for row in rows]
         figures = attribution.attribution_figures(
-            attributed(rows, own_texts), attributed(rows, [*own_texts[1:], *own_texts[:1]])
+            attributed(rows, own_texts), attributed(rows, [self._foreign(row) for row in rows])
         )
         shown = spread(rows, MISMATCHES).tolist()
         best = attribution.hardest_mismatches(reading.caption_scores[shown], reading.positives[shown])
@@ -109,6 +115,12 @@ class Looks:
             for row, pair in zip(shown, attributed(shown, [reading.texts[column] for column in best]), strict=True)
         ]
         return figures, exhibits
+
+    def _foreign(self, row: int) -> str:
+        """The first caption of the images that follow, in a circle, that is none of the row's own."""
+        own = self._reading.annotations[row].captions
+        following = [*self._reading.annotations[row + 1 :], *self._reading.annotations[:row]]
+        return next(text for other in following for text in other.captions if text not in own)
 
     @property
     def attributed(self) -> list[int]:

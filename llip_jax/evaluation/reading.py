@@ -1,7 +1,7 @@
 """What one pass of a model over an evaluation set leaves on the host: all that tasks are computed from."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from llip_jax.data.fields import lookup
+from llip_jax.data.records import BadSample
 from llip_jax.evaluation.classes import ClassSpec
 
 NO_VALUE = "(none)"
@@ -29,6 +30,13 @@ class Annotation(NamedTuple):
     choices: tuple[str, ...]
     fields: Mapping[str, Any]
     digest: str = ""
+
+    def value(self, field: str) -> Any:
+        """Of a record field, or of a nested one by dots; None where there is none or it cannot be read."""
+        try:
+            return lookup(self.name, self.fields, field)
+        except BadSample:
+            return None
 
 
 class Own(NamedTuple):
@@ -98,7 +106,7 @@ class Reading:
 
     def groups(self, field: str) -> list[str]:
         """Value of a record field for each image, as text; ``NO_VALUE`` where it has none."""
-        values = [lookup(own.name, own.fields, field) for own in self.annotations]
+        values = [own.value(field) for own in self.annotations]
         return [NO_VALUE if value is None else str(value) for value in values]
 
     def asked(self) -> dict[str, str]:
@@ -114,6 +122,12 @@ class Reading:
             "training": [] if self.train is None else [self.train.digest],
         }
         return {name: digest_of(*part) for name, part in parts.items() if part}
+
+
+def spread(items: Sequence[int] | Int[np.ndarray, "n"], most: int) -> Int[np.ndarray, "m"]:
+    """At most so many of the items, evenly spaced."""
+    items = np.asarray(items, int)
+    return items[np.unique(np.linspace(0, max(len(items) - 1, 0), min(most, len(items))).astype(int))]
 
 
 def digest_of(*parts: str | bytes) -> str:

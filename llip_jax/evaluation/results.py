@@ -37,7 +37,9 @@ def summary(results: Mapping[str, Any]) -> str:
 
 
 def _counts(results: Mapping[str, Any]) -> str:
-    counts = [f"{results['images']} images", f"{results['texts']} captions"]
+    counts = [f"{results['images']} images"]
+    if "texts" in results:
+        counts.append(f"{results['texts']} captions")
     if "classes" in results:
         counts.append(f"{results['classes']} classes")
     if results["unreadable_images"]:

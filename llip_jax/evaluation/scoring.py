@@ -102,7 +102,7 @@ class OwnScores(NamedTuple):
     """n images, each with C texts of its own; see ``reading.Own``."""
 
     cosines: Float[Array, "n C"]
-    mixed: Float[Array, "n C d"]
+    mixed: Float[Array, "n C d"] | None
     weights: Float[Array, "n C M K"] | None
 
 

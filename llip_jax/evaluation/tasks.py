@@ -15,6 +15,7 @@ from llip_jax.evaluation.probes import INVERSE_REGULARIZATIONS, knn, linear_prob
 from llip_jax.evaluation.reading import Reading
 from llip_jax.evaluation.retrieval import retrieve
 from llip_jax.evaluation.scoring import Bar, silent
+from llip_jax.evaluation.texts import needs_captions
 from llip_jax.evaluation.two_stage import shortlist, two_stage_figures
 
 
@@ -25,14 +26,15 @@ class LeftOut(Exception):
 def run_tasks(reading: Reading, tasks: Collection[Task], config: EvalConfig, bar: Bar = silent) -> Result:
     """Figures by task, and by ``TASK/FIGURE`` the outcomes that they are means of.
 
-    Every set has ``images``, ``unreadable_images``, ``texts``, and ``classes`` where it has any. What a set has nothing
-    for is named in ``left_out``, with the reason.
+    Every set has ``images`` and ``unreadable_images``, ``texts`` where a task looks at captions, ``classes`` where there
+    are any. What a set has nothing for is named in ``left_out``, with the reason.
     """
     figures: dict[str, Any] = {
         "images": len(reading.annotations),
         "unreadable_images": reading.unreadable,
-        "texts": len(reading.texts),
     }
+    if needs_captions(tasks):
+        figures["texts"] = len(reading.texts)
     if reading.classes is not None:
         figures["classes"] = len(reading.classes.names)
     outcomes: dict[str, Outcome] = {}
@@ -60,6 +62,8 @@ def zero_shot(reading: Reading, config: EvalConfig, bar: Bar) -> dict[str, Resul
     results = {}
     for scorer, scores in reading.class_scores.items():
         if reading.multi_label:
+            if not any(own.labels for own in reading.annotations):
+                raise LeftOut("no image has a label")
             outcomes = mean_average_precision_outcomes(scores, reading.targets())
         else:
             outcomes = accuracy_outcomes(scores, reading.labels())

@@ -34,7 +34,7 @@ def texts_of(known: Annotated, tasks: Collection[Task]) -> SetTexts:
         (annotation.captions, annotation.choices) if annotation else ((), ()) for annotation in known.annotations
     ]
     captions: list[str] = []
-    if {"retrieval", "diagnostics", "exhibits"} & {*tasks}:
+    if needs_captions(tasks):
         captions = sorted({text for own, _ in annotations for text in own})
     choices: list[str] = []
     if "choice" in tasks:
@@ -46,9 +46,14 @@ def texts_of(known: Annotated, tasks: Collection[Task]) -> SetTexts:
     if "choice" in tasks and any(texts for _, texts in annotations):
         own["choices"] = _rows(row, [texts for _, texts in annotations])
     prompts: Sequence[str] = ()
-    if known.classes is not None and {"zero_shot", "exhibits"} & {*tasks}:
+    if known.classes is not None and "zero_shot" in tasks:
         prompts = [text for texts in known.classes.texts for text in texts]
     return SetTexts([*captions, *choices, *prompts], len(captions), len(prompts), own)
+
+
+def needs_captions(tasks: Collection[Task]) -> bool:
+    """Whether any of the tasks looks at all captions of the set."""
+    return not {"retrieval", "diagnostics", "exhibits"}.isdisjoint(tasks)
 
 
 def _rows(row: dict[str, int], texts: Iterable[Sequence[str]]) -> Int[np.ndarray, "N C"]:

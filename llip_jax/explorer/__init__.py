@@ -1,1 +1,1 @@
-"""A local page that shows a model at work: scores of captions, what each makes it look at, zero-shot guesses."""
+"""A local page that shows a model at work: scores and maps of captions, zero-shot guesses."""

@@ -4,6 +4,8 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -29,8 +31,10 @@ THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospac
 
 CSS = """
 #examples .grid-wrap {height: auto; min-height: 0; max-height: none; overflow: visible; padding: 2px}
-#examples .grid-container {grid-template-columns: repeat(auto-fill, minmax(68px, 1fr)); padding: 0}
+#examples .grid-container {grid-template-columns: repeat(auto-fill, minmax(68px, 1fr)); grid-auto-rows: auto; padding: 0}
 #examples .gallery-item, #examples .thumbnail-item {width: 100%; height: auto; aspect-ratio: 1}
+#examples .thumbnail-item.selected {outline: 2px solid var(--color-accent)}
+#examples .caption-label {display: none}
 #scores .html-container, #guesses .html-container {padding: 0}
 .cards {display: grid; grid-template-columns: repeat(auto-fill, minmax(min(148px, 44%), 1fr)); gap: 12px}
 .cards figure {margin: 0; border: 1px solid var(--border-color-primary); border-radius: 8px; overflow: hidden}
@@ -46,36 +50,50 @@ ol.guesses li {display: grid; grid-template-columns: 1fr auto; gap: 4px 12px; ma
 ol.guesses .bar {grid-column: 1 / -1}
 .note {margin: 10px 0 0}
 .notice {margin: 0; padding: 20px; text-align: center; border: 1px dashed var(--border-color-primary)}
+.notice {overflow-wrap: anywhere}
 """
+
+ANNOUNCED = "element.setAttribute('aria-live', 'polite')"
+"""Screen readers say what is new in such an element."""
 
 
 def build_page(exhibit: Exhibit) -> gr.Blocks:
     """The page, not yet served."""
     model, examples = exhibit.model, exhibit.examples
+    Chosen = Subject | str  # a picture, or why there is none
 
-    def picked(captions: str, event: gr.SelectData) -> tuple[Subject, str]:
+    def picked(captions: str, event: gr.SelectData) -> tuple[Chosen, str]:
         example = examples[event.index]
         typed = captions.strip() and all(captions != other.captions for other in examples)
         return example.subject, captions if typed else example.captions
 
-    def uploaded(file: bytes) -> Subject:
+    def uploaded(file: str) -> tuple[Chosen, None, gr.Gallery]:
+        """The picture, then an empty box and no example in a frame."""
+        path = Path(file)
+        chosen: Chosen
         try:
-            return read_picture(file, model.config.model.image_size)
+            chosen = read_picture(path.read_bytes(), model.config.model.image_size)
         except ConfigError as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+            chosen = f"{path.name}: {error}"
+        except FileNotFoundError:  # the same picture was uploaded twice at once
+            chosen = f"{path.name}: the upload is gone; choose it again."
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+            path.parent.rmdir()
+        return chosen, None, gr.Gallery(selected_index=None)
 
-    def compared(subject: Subject | None, captions: str) -> str:
-        if subject is None:
-            return notice_html("Upload a picture.")
+    def compared(subject: Chosen, captions: str) -> str:
+        if isinstance(subject, str):
+            return notice_html(subject)
         try:
             lines = read_lines(captions, "caption", MOST_CAPTIONS)
             return comparison_html(compare(model, subject, lines))
         except ConfigError as error:
             return notice_html(error)
 
-    def guessed(subject: Subject | None, classes: str) -> str:
-        if subject is None:
-            return notice_html("Upload a picture.")
+    def guessed(subject: Chosen, classes: str) -> str:
+        if isinstance(subject, str):
+            return notice_html("No picture.")
         try:
             names = read_lines(classes, "class name", MOST_CLASSES)
             return guesses_html(guess(model, subject, names, exhibit.templates), len(names))
@@ -84,12 +102,12 @@ def build_page(exhibit: Exhibit) -> gr.Blocks:
 
     with gr.Blocks(title=f"{exhibit.name} · llip_jax", analytics_enabled=False, delete_cache=(600, 600)) as page:
         gr.Markdown(f"## {html.escape(exhibit.name)}")
-        subject = gr.State(examples[0].subject if examples else None, time_to_live=3600)
+        subject = gr.State(examples[0].subject if examples else "Upload a picture.", time_to_live=3600)
         gr.Markdown("### Picture", elem_id="picture")
         with gr.Row():
             with gr.Column(scale=4, min_width=300, visible=bool(examples)):
                 gallery = gr.Gallery(
-                    [Image.fromarray(example.subject.shown) for example in examples],
+                    [(Image.fromarray(one.subject.shown), one.captions.partition("\n")[0]) for one in examples],
                     label="Pictures of the run's evaluation set",
                     show_label=False,
                     container=False,
@@ -101,7 +119,7 @@ def build_page(exhibit: Exhibit) -> gr.Blocks:
                 )
             with gr.Column(scale=1, min_width=200):
                 upload = gr.File(
-                    label="A picture of yours", show_label=False, file_types=["image"], type="binary", height=140
+                    label="A picture of yours", show_label=False, file_types=["image"], type="filepath", height=140
                 )
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -124,14 +142,14 @@ def build_page(exhibit: Exhibit) -> gr.Blocks:
                 button = gr.Button("Compare", variant="primary")
             with gr.Column(scale=3, min_width=300):
                 gr.Markdown("### What each caption finds")
-                scores = gr.HTML(elem_id="scores")
+                scores = gr.HTML(elem_id="scores", js_on_load=ANNOUNCED)
                 gr.Markdown("### Zero-shot guesses")
-                guesses = gr.HTML(elem_id="guesses")
+                guesses = gr.HTML(elem_id="guesses", js_on_load=ANNOUNCED)
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
         live = private | {"trigger_mode": "always_last"}
         for chosen in (
             gallery.select(picked, captions, [subject, captions], **private),
-            upload.upload(uploaded, upload, subject, **private),
+            upload.upload(uploaded, upload, [subject, upload, gallery], **private),
         ):
             chosen.success(compared, [subject, captions], scores, **private)
             chosen.success(guessed, [subject, classes], guesses, **private)
@@ -153,9 +171,9 @@ def comparison_html(comparison: Comparison) -> str:
     plain, *maps = under_maps
     cards = [_card(comparison.shown, "The picture", "the square that the model sees")]
     if plain is not None:
-        cards.append(_card(plain, "No caption", "what the unconditioned embedding shows"))
+        cards.append(_card(plain, "No caption", "where the model looks before any caption"))
     for index, caption in enumerate(comparison.captions):
-        scores = f"cosine <b>{comparison.cosines[index]:.3f}</b> · {word} <b>{_percent(comparison.chance[index])}</b>"
+        scores = f"cosine <b>{comparison.cosines[index]:.3f}</b> · {word}&nbsp;<b>{_percent(comparison.chance[index])}</b>"
         bar = _bar(comparison.chance[index])
         cards.append(_card(maps[index], caption, scores, bar, "best" if index == best else ""))
     meaning = (
@@ -165,7 +183,8 @@ def comparison_html(comparison: Comparison) -> str:
         else "<b>share</b>: softmax(scale × cosine) over these captions; together 100&nbsp;%."
     )
     if comparison.maps:
-        meaning += " Maps: bright patches add to the cosine; every map has its own scale."
+        meaning += " <b>Maps</b> follow the cosine back to the patches: bright ones add to it. Each has its own scale."
+    meaning = f"<b>cosine</b>: the score, of the picture's vector and the caption's, from -1 to 1. {meaning}"
     return f'<div class="cards">{"".join(cards)}</div><p class="note">{meaning}</p>'
 
 
@@ -180,7 +199,7 @@ def guesses_html(guesses: Sequence[tuple[str, float]], classes: int) -> str:
 
 def notice_html(message: object) -> str:
     """What is missing or wrong."""
-    return f'<p class="notice" role="status">{html.escape(str(message))}</p>'
+    return f'<p class="notice">{html.escape(str(message))}</p>'
 
 
 def _card(pixels: Pixels | None, title: str, scores: str, bar: str = "", kind: str = "") -> str:

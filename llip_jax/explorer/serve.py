@@ -8,7 +8,8 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from llip_jax.data.evaluation_sets import label_names
 from llip_jax.data.records import BadSample
 from llip_jax.data.sources import build_source
 from llip_jax.evaluation.class_texts import class_spec, read_templates
-from llip_jax.explorer.content import MOST_CLASSES, UPLOAD, Example, Exhibit, read_picture
+from llip_jax.explorer.content import BLOCK, MOST_CLASSES, UPLOAD, Example, Exhibit, read_picture, warm_up
 from llip_jax.inference import load
 from llip_jax.training import run_directory
 from llip_jax.training.checkpoints import Checkpoints
@@ -46,9 +47,26 @@ def explore(path: Path, step: int | None = None, host: str = "127.0.0.1", port: 
     _check_address(host, port)
     exhibit = load_exhibit(path, step)
     print(f"{exhibit.name}: {exhibit.model}, {len(exhibit.examples)} examples, {len(exhibit.classes):,} class names")
+    print("compiling ...", end=" ", flush=True)
+    start = time.perf_counter()
+    warm_up(exhibit)
+    print(f"{time.perf_counter() - start:.1f} s")
+    with served(exhibit, host, port) as url:
+        who = "every user of this machine" if _is_loopback(host) else "warning: whoever reaches this machine by network"
+        print(f"{who} can open the page, and see what it shows of the model and the evaluation set")
+        print(f"explorer: {url} (Ctrl-C ends it)", flush=True)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+@contextlib.contextmanager
+def served(exhibit: Exhibit, host: str, port: int | None) -> Iterator[str]:
+    """The page's address, at which it is served meanwhile."""
     with tempfile.TemporaryDirectory(prefix="llip_jax_explorer_") as uploads:
-        # Read when Gradio is imported. It asks its own server whether it is up, which no proxy knows.
+        # Gradio asks its own server whether it is up, which no proxy knows.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads, "no_proxy": "*"}
+        from llip_jax.explorer.guards import guards
         from llip_jax.explorer.page import CSS, THEME, build_page
 
         page = build_page(exhibit)
@@ -60,6 +78,7 @@ def explore(path: Path, step: int | None = None, host: str = "127.0.0.1", port: 
             prevent_thread_lock=True,
             quiet=True,
             max_file_size=UPLOAD.image_bytes,
+            app_kwargs={"middleware": guards(host, Path(uploads))},
             state_session_capacity=64,
             footer_links=[],
             run_history=False,
@@ -70,13 +89,10 @@ def explore(path: Path, step: int | None = None, host: str = "127.0.0.1", port: 
             theme=THEME,
             css=CSS,
         )
-        if not _is_loopback(host):
-            print(f"warning: with --host {host}, whoever reaches this machine over a network can use this page")
-        print(f"explorer: {url} (Ctrl-C ends it)", flush=True)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
-        page.close(verbose=False)
+        try:
+            yield url
+        finally:
+            page.close(verbose=False)
 
 
 def load_exhibit(path: Path, step: int | None = None) -> Exhibit:
@@ -93,7 +109,7 @@ def load_exhibit(path: Path, step: int | None = None) -> Exhibit:
     if not (workdir / "checkpoints").is_dir():
         if step is not None:
             raise ConfigError(f"--step: {path} is no run directory, so it has no checkpoint {step}")
-        model = load(path)
+        model = load(path, batch_size=BLOCK)
         _ = model.tokenizer  # Without one nothing can be typed.
         return Exhibit(model, path.resolve().stem)
     config = run_directory.read_config(workdir)
@@ -101,7 +117,7 @@ def load_exhibit(path: Path, step: int | None = None) -> Exhibit:
         with contextlib.closing(Checkpoints(workdir / "checkpoints", config.checkpoint, read_only=True)) as checkpoints:
             step = checkpoints.latest if step is None else step
         path = workdir if step is None else workdir / "checkpoints" / str(step)
-    model, name = load(path), f"{workdir.resolve().name}, step {path.name}"
+    model, name = load(path, batch_size=BLOCK), f"{workdir.resolve().name}, step {path.name}"
     try:
         return Exhibit(model, name, *read_evaluation_set(config))
     except (ConfigError, OSError) as error:
@@ -138,6 +154,8 @@ def read_evaluation_set(config: Config) -> tuple[list[Example], list[str], Seque
 
 def _check_address(host: str, port: int | None) -> None:
     """Raises ConfigError where nobody can listen there: now, and not after a model has been loaded."""
+    if port is not None and not 1 <= port <= 65535:
+        raise ConfigError(f"--port: {port} is not valid: expected 1 to 65535")
     try:
         socket.create_server((host, port or 0)).close()
     except OSError as error:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llip_jax.report.figures import headlines, is_number, tables
+from llip_jax.report.html import Section
 from llip_jax.report.plots import Chart, Series, lines
 from llip_jax.report.run_files import Run
 
@@ -26,6 +27,17 @@ _TRAINING = (
     _Curve("Use of the chips' peak (MFU)", "mfu", share=True),
     _Curve("Samples replaced", "replaced_samples"),
 )
+
+
+def curves(runs: Mapping[str, Run], lead: str) -> Section:
+    """Those of training and of evaluations; what the marks mean is added to ``lead``."""
+    training, evaluation = training_charts(runs), evaluation_charts(runs)
+    if evaluation:
+        lead += " Dotted lines are chance."
+    if any(row.interval for run in runs.values() for results in run.evaluations.values() for row in headlines(results)):
+        lead += " Bars are 95 % intervals, at the steps that have been evaluated with them." if evaluation else ""
+    parts = {"Training": training, "Evaluation": evaluation}
+    return Section("curves", "Curves", lead, {name: charts for name, charts in parts.items() if charts})
 
 
 def training_charts(runs: Mapping[str, Run]) -> list[Chart]:
@@ -57,9 +69,9 @@ def evaluation_charts(runs: Mapping[str, Run]) -> list[Chart]:
             }
             if not rows:
                 continue
-            ranges = [row.interval for row in rows.values() if row.interval]
-            low, high = zip(*ranges, strict=True) if len(ranges) == len(rows) else (None, None)
-            series.append(Series(label, list(rows), [row.value for row in rows.values()], place, low, high))
+            # Evaluations while training have none.
+            known = {step: row.interval for step, row in rows.items() if row.interval}
+            series.append(Series(label, list(rows), [row.value for row in rows.values()], place, known))
         if any(len(one.x) > 1 for one in series):
             charts.append(
                 lines(

@@ -1,58 +1,76 @@
-"""Diagnostics as tables and charts: spectra together, everything else by the shape of its values."""
+"""Diagnostics as tables and charts: known figures in words, others by the shape of their values."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeGuard
 
-from llip_jax.report.figures import is_number, label, number
+from llip_jax.report.diagnostic_words import LAYOUTS, TITLES, Layout
+from llip_jax.report.figures import in_words, is_number, label, number
 from llip_jax.report.plots import Chart, Series, heat, lines
 
-_LEADS = {
-    "spectra": "Singular values, the largest set to 1. A curve that drops early uses few of its dimensions; the "
-    "effective rank says how many.",
-    "mixture": "How captions mix the learned image tokens, by head. Entropy is 1 where a head uses all alike, 0 where "
-    "it settles on one; movement is the part of the weights that changes from one caption of an image to another.",
-    "geometry": "Alignment (low is good): how near images are to their captions. Uniformity (low is good): how evenly "
-    "embeddings are spread. Modality gap: how far the mean image is from the mean text.",
-    "schur": "How varied the images are beyond what their texts say (Schur complement entropy).",
-    "inversion": "Images of the same kind found by an image itself (intra-modal), and by a text made to stand for it "
-    "(inter-modal).",
-    "attribution": "How well words that do not fit are found: an image's own captions against those of other images.",
-}
 _FEW = 12
 """A list of so many numbers is written out; a longer one is drawn."""
 _SMALLEST = 1e-7
 """Singular values below this part of the largest are rounding, and not drawn."""
-_HEADS = ("mixture token", "head")
-_AXES = {"token_use": _HEADS, "token_largest": _HEADS}
-_TITLES = {
-    "token_use": "Mean weight of each token",
-    "token_largest": "How often a token has the largest weight",
-    "schur": "Schur complement",
+_SPECTRA = {
+    "effective_rank": "effective rank",
+    "participation_ratio": "participation ratio",
+    "mean_length": "length of the mean",
+    "dimensions": "dimensions",
+    "images": "rows",
 }
 
 
+class Cell(NamedTuple):
+    """A value and its chance level, as they are written; '' for what there is none of."""
+
+    text: str = ""
+    chance: str = ""
+
+
+class GridRow(NamedTuple):
+    """A figure, what it means in a few words, and its values."""
+
+    label: str
+    meaning: str
+    cells: Sequence[Cell]
+
+
+class Grid(NamedTuple):
+    """Rows as long as ``columns``. ``title`` stands above the rows' labels."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[GridRow]
+
+    @property
+    def chance_column(self) -> bool:
+        """Whether chance levels have a column: beside a single value. Beside several they stand below each."""
+        return len(self.columns) == 1 and any(cell.chance for row in self.rows for cell in row.cells)
+
+
 class Diagnostic(NamedTuple):
-    """One analysis: charts, and a table whose ``rows`` are as long as ``columns``."""
+    """One analysis. ``counts``: of what, in a line."""
 
     title: str
     lead: str
     charts: Sequence[Chart]
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    grids: Sequence[Grid]
+    counts: str = ""
 
 
 def diagnostics(results: Mapping[str, Any]) -> list[Diagnostic]:
     """Those that an evaluation holds, in its order."""
     found = []
     for name, values in results.get("diagnostics", {}).items():
-        title, lead = _TITLES.get(name, label(name)), _LEADS.get(name, "")
-        one = _spectra(title, lead, values) if name == "spectra" else _by_shape(title, lead, name, values)
-        if one.rows or one.charts:
+        layout = LAYOUTS.get(name, Layout())
+        title = TITLES.get(name, label(name))
+        one = _spectra(title, layout, values) if name == "spectra" else _analysis(name, title, layout, values)
+        if one.grids or one.charts:
             found.append(one)
     return found
 
 
-def _spectra(title: str, lead: str, spectra: Mapping[str, Any]) -> Diagnostic:
+def _spectra(title: str, layout: Layout, spectra: Mapping[str, Any]) -> Diagnostic:
     """A line and a row of figures for each embedding."""
     known = {name: spectrum for name, spectrum in spectra.items() if isinstance(spectrum, Mapping)}
     series: list[Series] = []
@@ -61,43 +79,80 @@ def _spectra(title: str, lead: str, spectra: Mapping[str, Any]) -> Diagnostic:
         if _vector(values) and values[0] > 0:
             relative = [value / values[0] for value in values if value > _SMALLEST * values[0]]
             series.append(Series(label(name), range(1, len(relative) + 1), relative, len(series)))
-    columns = dict.fromkeys(key for spectrum in known.values() for key, value in spectrum.items() if is_number(value))
+    keys = dict.fromkeys(key for spectrum in known.values() for key, value in spectrum.items() if is_number(value))
     rows = [
-        [label(name), *(number(value) if is_number(value := spectrum.get(column)) else "" for column in columns)]
+        GridRow(label(name), "", [Cell(number(value) if is_number(value := spectrum.get(key)) else "") for key in keys])
         for name, spectrum in known.items()
     ]
     charts = [lines("spectra", "Singular values", series, x_label="number", log=True)] if series else []
-    return Diagnostic(title, lead, charts, ["embedding", *(label(column).lower() for column in columns)], rows)
+    grid = Grid("embedding", [_SPECTRA.get(key, label(key).lower()) for key in keys], rows)
+    return Diagnostic(title, layout.lead, charts, [grid] if keys else [])
 
 
-def _by_shape(title: str, lead: str, name: str, values: Mapping[str, Any]) -> Diagnostic:
-    """Numbers become rows with the chance levels that stand beside them, longer lists lines, matrices squares."""
-    rows: list[tuple[str, str, str]] = []
-    charts: list[Chart] = []
+def _analysis(name: str, title: str, layout: Layout, values: Mapping[str, Any]) -> Diagnostic:
+    """Known figures where their layout says, then what is left by the shape of its values."""
+    leaves = dict(_leaves(values))
+    used: set[str] = set()
 
-    def add(path: tuple[str, ...], value: Any, chance: Any = None) -> None:
-        key = f"diagnostic-{name}-{'-'.join(path)}"
-        words = _TITLES.get(path[-1], label("/".join(path))) if path else title
-        if isinstance(value, Mapping):
-            for part, own in value.items():
-                if part.removesuffix("_chance") not in value.keys() - {part}:
-                    add((*path, part), own, value.get(f"{part}_chance"))
-        elif is_number(value):
-            rows.append((words, number(value), number(chance) if is_number(chance) else ""))
-        elif isinstance(value, str | bool):
-            rows.append((words, str(value), ""))
-        elif _vector(value) and len(value) <= _FEW:
-            rows.append((words, "  ".join(map(number, value)), ""))
-        elif _vector(value):
+    def cell(path: str) -> Cell:
+        chance_path = layout.chance.get(path, f"{path}_chance")
+        used.update((path, chance_path))
+        value, chance = leaves.get(path), leaves.get(chance_path)
+        return Cell("" if value is None else in_words(value), number(chance) if is_number(chance) else "")
+
+    rows = [GridRow(row.label, row.meaning, [cell(path) for path in row.paths]) for row in layout.rows]
+    if (named := layout.named) is not None:
+        rows += [GridRow(named.label(path), named.meaning, [cell(path)]) for path in leaves if named.matches(path)]
+    heads = {key: leaves[key] for key in layout.by_head if _vector(leaves.get(key))}
+    counts = {key: text.format(in_words(leaves[key])) for key, text in layout.counts.items() if key in leaves}
+    used.update(heads, counts)
+    charts, others = [], []
+    for path, value in leaves.items():
+        if path in used or (path.endswith("_chance") and path.removesuffix("_chance") in leaves):
+            continue
+        key, words = f"diagnostic-{name}-{path}", TITLES.get(path.rpartition("/")[2], label(path))
+        if _vector(value) and len(value) > _FEW:
             charts.append(lines(key, words, [Series(words, range(1, len(value) + 1), value)], x_label="number"))
+        elif _vector(value):
+            others.append(GridRow(words, "", [Cell("  ".join(map(number, value)))]))
         elif isinstance(value, list) and value and all(map(_vector, value)) and len(set(map(len, value))) == 1:
-            x_label, y_label = _AXES.get(path[-1], ("column", "row"))
+            x_label, y_label = layout.axes
             charts.append(heat(key, words, value, x_label=x_label, y_label=y_label))
+        elif is_number(value) or isinstance(value, str | bool):
+            others.append(GridRow(words, "", [cell(path)]))
+    grids = [*_grids(layout.columns, rows, others), _heads(layout, heads)]
+    return Diagnostic(title, layout.lead, charts, [grid for grid in grids if grid.rows], ", ".join(counts.values()))
 
-    add((), values)
-    if not any(chance for *_, chance in rows):
-        return Diagnostic(title, lead, charts, ["figure", "value"], [row[:2] for row in rows])
-    return Diagnostic(title, lead, charts, ["figure", "value", "chance"], rows)
+
+def _grids(columns: Sequence[str], known: Sequence[GridRow], others: Sequence[GridRow]) -> Iterator[Grid]:
+    """Rows of several values in one table, without the columns that nothing is in; those of one value in another."""
+    several = [row for row in known if len(row.cells) > 1 and any(cell.text for cell in row.cells)]
+    used = [i for i in range(len(columns)) if any(len(row.cells) > i and row.cells[i].text for row in several)]
+    single = [row for row in [*known, *others] if len(row.cells) == 1 and row.cells[0].text]
+    filled = [row._replace(cells=[row.cells[i] if i < len(row.cells) else Cell() for i in used]) for row in several]
+    if len(used) == 1:  # its name would say that there is another one
+        single, filled = [*filled, *single], []
+    yield Grid("figure", [columns[i] for i in used], filled)
+    yield Grid("figure", ["value"], single)
+
+
+def _heads(layout: Layout, heads: Mapping[str, Sequence[float]]) -> Grid:
+    """A column a head."""
+    most = max(map(len, heads.values()), default=0)
+    rows = [
+        GridRow(*layout.by_head[key], [Cell(number(value)) for value in values] + [Cell()] * (most - len(values)))
+        for key, values in heads.items()
+    ]
+    return Grid("by head", [number(head) for head in range(1, most + 1)], rows)
+
+
+def _leaves(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """What is no mapping, by its path."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{key}/")
+        elif value is not None:
+            yield f"{path}{key}", value
 
 
 def _vector(values: Any) -> TypeGuard[list[float]]:

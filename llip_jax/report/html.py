@@ -1,6 +1,7 @@
 """Templates filled and written as one file that loads nothing: styles, drawings and pictures are inside it."""
 
 import base64
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +18,18 @@ _SMALL = 128
 
 
 class Section(NamedTuple):
-    """A part of a page. ``key``: its anchor and template; ``lead``: what to look for, in a sentence."""
+    """A part of a page.
+
+    key: its anchor and template.
+    lead: what to look for, in a sentence.
+    parts: anchors and titles of parts that the table of contents names.
+    """
 
     key: str
     title: str
     lead: str
     content: Any
+    parts: Sequence[tuple[str, str]] = ()
 
 
 def write_page(path: Path, **context: Any) -> Path:

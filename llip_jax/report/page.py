@@ -7,30 +7,44 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llip_jax.config import Config, differences, to_dict
-from llip_jax.report.curves import evaluation_charts, training_charts
+from llip_jax.report.curves import curves
 from llip_jax.report.diagnostics import diagnostics
 from llip_jax.report.exhibits import read_exhibits
-from llip_jax.report.figures import Table, headlines, label, number, rows, tables
+from llip_jax.report.figures import HEADLINES, Table, headlines, label, number, rows, tables
 from llip_jax.report.html import Section, write_page
 from llip_jax.report.run_files import Run, read_run
 
 _MODELS = {"average": "learned average of tokens", "registers": "class token with registers", "class_token": "CLIP"}
 
 
+_FEW = 20
+
+
 class FigureSet(NamedTuple):
     """The figures of one evaluation set. ``title``: '' for the run's own."""
 
     title: str
+    anchor: str
     counts: str
     tables: list[Table]
 
 
 class Breakdown(NamedTuple):
-    """Figures by the values of one field; ``columns``: paths of the figures, ``rows``: value, images, figures."""
+    """Figures of a set by the values of one field.
 
+    headlines, others: paths of the figures.
+    groups: figures by path, and ``queries``, the number of images, by value.
+    """
+
+    set: str
     field: str
-    columns: list[str]
-    rows: list[tuple[str, float, list[float | None]]]
+    headlines: list[str]
+    others: list[str]
+    groups: Mapping[str, Mapping[str, float | None]]
+
+    def few(self, value: str) -> bool:
+        """Whether a group is too small to say much."""
+        return (self.groups[value].get("queries") or 0) < _FEW
 
 
 def write_report(workdir: Path, step: int | None = None) -> Path:
@@ -52,39 +66,40 @@ def write_report(workdir: Path, step: int | None = None) -> Path:
     run = read_run(Path(workdir), step)
     exhibits, pictures = read_exhibits(run.workdir / "eval" / str(run.step))
     results = run.results
+    sets = figure_sets(results)
     sections = [
         Section(
             "figures",
             "Figures",
             "Everything measured, beside what random scores would get. The line shows the value with its 95 % interval "
             "on a scale from 0 to 100 %; the tick is chance.",
-            figure_sets(results),
+            sets,
+            [(one.anchor, one.title) for one in sets if one.title],
         ),
-        Section(
-            "curves",
-            "Curves",
+        curves(
+            {run.name: run},
             "Loss should fall and flatten, the other curves stay calm: a spike in the gradient norm or time spent "
-            "waiting for data is worth a look. Bands are 95 % intervals, dotted lines chance.",
-            _filled({"Training": training_charts({run.name: run}), "Evaluation": evaluation_charts({run.name: run})}),
+            "waiting for data is worth a look.",
         ),
         Section(
             "retrieval",
             "Retrieval",
-            "Queries and their best answers. Look at how the wrong ones are wrong: by a detail, or by everything.",
+            "Queries and their best answers with cosines. Look at how the wrong ones are wrong: by a detail, or by "
+            "everything.",
             exhibits if exhibits.image_to_text or exhibits.text_to_image else None,
         ),
         Section(
             "classification",
             "Zero-shot guesses",
-            "The classes whose names fit an image best, by the model's scores.",
+            "The classes whose texts fit an image best, with cosines.",
             exhibits.zero_shot,
         ),
         Section(
             "maps",
             "What a caption looks at",
-            "One image, read in several ways: a map shows the patches that the representation comes from once a "
-            "caption has mixed it, the brightest most; each is scaled by itself. Maps that leave the first one and "
-            "follow their captions are what a text-conditioned model is for.",
+            "One image, read in several ways: a map follows the cosine with a caption back through the mixture and "
+            "the tower's attention to the patches that it comes from, the brightest most; each is scaled by itself. If "
+            "maps differ between captions and follow them, the caption steers what the model reads.",
             exhibits.maps,
         ),
         Section(
@@ -103,8 +118,8 @@ def write_report(workdir: Path, step: int | None = None) -> Path:
         Section(
             "groups",
             "Groups",
-            "The same figures for parts of the set. Small groups vary by chance.",
-            _breakdowns(results),
+            f"The same figures for parts of a set. Groups of fewer than {_FEW} images vary much by chance.",
+            [found for name, own in run.sets.items() for found in _breakdowns(name, own)],
         ),
         Section(
             "robustness",
@@ -134,7 +149,7 @@ def write_report(workdir: Path, step: int | None = None) -> Path:
         title=run.name,
         kind="Report of a run",
         facts=facts(run),
-        headlines=headlines(results),
+        headlines=Section("headlines", "Headline figures", "", headlines(results)),
         sections=[section for section in sections if section.content],
         pictures=pictures,
     )
@@ -145,14 +160,15 @@ def facts(run: Run) -> dict[str, str]:
     model, train = run.config.model, run.config.train
     tokens = f"{model.mixture_tokens} mixture tokens" if model.mixture_tokens > 1 else "1 image token"
     done = run.metrics[-1]["step"] if run.metrics else 0
-    parameters = re.search(r"^parameters: ([\d,]+)", run.parameters, re.MULTILINE)
+    parameters = re.search(r"^parameters: (\d[\d,]*)", run.parameters, re.MULTILINE)
+    overrides = ["with", " ".join(changed)] if (changed := run.results.get("overrides")) else []
     known = {
         "Model": f"{_model(run.config)} {model.size}, {tokens}, {model.image_size} pixels",
         "Parameters": number(int(parameters[1].replace(",", ""))) if parameters else "",
         "Data": _data(run.config),
         "Training": f"{number(train.steps)} steps of {number(train.batch_size)} images",
         "Trained so far": f"{number(done)} steps" if 0 < done < train.steps else "",
-        "Evaluated": "not yet" if run.step is None else f"after {number(run.step)} steps",
+        "Evaluated": " ".join(["not yet" if run.step is None else f"after {number(run.step)} steps", *overrides]),
     }
     return {term: text for term, text in known.items() if text}
 
@@ -160,7 +176,11 @@ def facts(run: Run) -> dict[str, str]:
 def figure_sets(results: Mapping[str, Any]) -> list[FigureSet]:
     """The run's own set and further ones, those with any figures."""
     sets = {"": results, **results.get("sets", {})}
-    return [FigureSet(name, _counts(one), found) for name, one in sets.items() if (found := tables(one))]
+    return [
+        FigureSet(name, f"set-{place}", _counts(one), found)
+        for place, (name, one) in enumerate(sets.items())
+        if (found := tables(one))
+    ]
 
 
 def changes(config: Config) -> list[tuple[str, str, str]]:
@@ -203,15 +223,15 @@ def _counts(results: Mapping[str, Any]) -> str:
     return ", ".join(counts)
 
 
-def _breakdowns(results: Mapping[str, Any]) -> list[Breakdown]:
-    """The figures of every group, but for chance levels."""
+def _breakdowns(name: str, results: Mapping[str, Any]) -> list[Breakdown]:
+    """The figures of every group of a set, but for chance levels."""
     found = []
     for field, groups in results.get("groups", {}).items():
-        names = dict.fromkeys(name for figures in groups.values() for name in figures)
-        columns = [name for name in names if name != "queries" and not name.endswith("_chance")]
-        rows = [(value, own.get("queries") or 0, [own.get(name) for name in columns]) for value, own in groups.items()]
+        paths = dict.fromkeys(path for figures in groups.values() for path in figures)
+        columns = [path for path in paths if path != "queries" and not path.endswith("_chance")]
+        first = [path for path in columns if path in HEADLINES] or columns
         if columns:
-            found.append(Breakdown(field, columns, rows))
+            found.append(Breakdown(name, field, first, [path for path in columns if path not in first], groups))
     return found
 
 
@@ -230,7 +250,3 @@ def _robustness(results: Mapping[str, Any]) -> list[tuple[Table, str]]:
         members = ", ".join(map(str, own.get("members", [])))
         found.append((Table(name, rows(own, name)), f"Sets: {members}. The worst: {own.get('worst_member')}."))
     return found
-
-
-def _filled(parts: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: part for name, part in parts.items() if part}

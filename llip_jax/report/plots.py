@@ -1,8 +1,10 @@
 """Charts as SVG to be put into a page: matplotlib's, with the page's own type and colours, light or dark."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from io import StringIO
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -11,7 +13,7 @@ from markupsafe import Markup, escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 _DASHES = ("", "5 2", "1.5 1.5", "6 2 1.5 2", "8 3", "3 1 1 1 1 1")
 _INCHES = (3.1, 1.95)
@@ -24,7 +26,7 @@ _VARIABLES = {_INK: "var(--soft)", _GRID: "var(--rule)"} | {
 }
 _POINTS = 400
 """More than can be told apart; longer series are averaged in blocks."""
-_RECESSIVE = 0.16
+_TICKS = 4
 
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -55,17 +57,17 @@ _STYLE: Any = {
 
 
 class Series(NamedTuple):
-    """A line: [n] values over [n] positions, with an interval around each where there is one.
+    """A line: [n] values over [n] positions.
 
     place: number among the lines of the chart, which gives the line its look.
+    intervals: low and high by position, of those that have any.
     """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     place: int = 0
-    low: Sequence[float] | None = None
-    high: Sequence[float] | None = None
+    intervals: Mapping[int, tuple[float, float]] = MappingProxyType({})
 
 
 class Chart(NamedTuple):
@@ -111,24 +113,39 @@ def lines(
             colour, style = _COLOURS[number - 1], (0, [float(d) for d in dashes.split()]) if dashes else "solid"
             marker = "o" if len(x) <= 12 else ""
             axes.plot(x, y, color=colour, linestyle=style, linewidth=1.5, marker=marker, markersize=3.2)
-            if one.low is not None and one.high is not None:
-                axes.fill_between(one.x, one.low, one.high, color=colour, alpha=_RECESSIVE, linewidth=0)
-        if log:
-            axes.set_yscale("log")
+            for position, (low, high) in one.intervals.items():
+                axes.plot([position] * 2, [low, high], color=colour, linewidth=1, marker="_", markersize=5)
         if chance is not None:
             axes.axhline(chance, color=_INK, linewidth=0.9, linestyle=(0, (2, 2)))
         if share:
             axes.set_ylim(bottom=0)
-        form = (lambda value, _: f"{100 * value:g} %") if share else (lambda value, _: f"{value:,.6g}")
-        axes.yaxis.set_major_formatter(FuncFormatter(form))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
         places = sorted({x for one in series for x in one.x})
         axes.xaxis.set_major_locator(FixedLocator(places) if len(places) <= 4 else MaxNLocator(4, integer=True))
-        if not log:
-            axes.yaxis.set_major_locator(MaxNLocator(4))
+        positive = [value for one in series for value in one.y if value > 0]
+        if log and positive:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(FixedLocator(_log_ticks(min(positive), max(positive))))
+            axes.yaxis.set_minor_locator(NullLocator())
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(_TICKS))
+        form = (lambda value, _: f"{100 * value:g} %") if share else (lambda value, _: f"{value:,.6g}")
+        axes.yaxis.set_major_formatter(FuncFormatter(form))
         axes.set_xlabel(x_label)
         named = [(one.label, one.place) for one in series] if len(series) > 1 else []
         return Chart(title, _svg(figure, key, title, _described(series, share)), named)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """A few round numbers from the one to the other: 1, 2 and 5 of every decade, fewer of many decades."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 2, 5), (1,)):
+        ticks = [digit * 10.0**decade for decade in decades for digit in digits if low <= digit * 10.0**decade <= high]
+        if 2 <= len(ticks) <= _TICKS + 1:
+            return ticks
+    if len(ticks) < 2:
+        return [tick for tick in MaxNLocator(_TICKS).tick_values(low, high) if tick > 0]
+    return ticks[:: -(-len(ticks) // _TICKS)]
 
 
 def heat(key: str, title: str, values: Sequence[Sequence[float]], *, x_label: str, y_label: str) -> Chart:

@@ -11,22 +11,39 @@ from typing_extensions import TypedDict
 from llip_jax.config import Config, ConfigError, resolve
 
 _T = TypeVar("_T")
+_LINES = 4000
+"""Of metrics.jsonl, at most: more than can be drawn."""
 
 
-class _Results(TypedDict, total=False):
-    """What eval/STEP.json holds beside the figures of its tasks."""
+class _SetResults(TypedDict, total=False):
+    """What eval/STEP.json holds of a set beside the figures of its tasks."""
 
     __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
-    step: pydantic.StrictInt
     images: int
     unreadable_images: int
     texts: int
     classes: int
+    asked: dict[str, str]
     groups: dict[str, dict[str, dict[str, float | None]]]
     diagnostics: dict[str, dict[str, Any]]
     left_out: dict[str, str]
-    sets: dict[str, dict[str, Any]]
-    robustness: dict[str, dict[str, Any]]
+
+
+class _Robustness(TypedDict, total=False):
+    """Of a set and its variants, beside the figures."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="allow")  # type: ignore[misc]
+    members: list[str]
+    worst_member: str
+
+
+class _Results(_SetResults, total=False):
+    """The whole of it, the run's own set at the top."""
+
+    step: pydantic.StrictInt
+    overrides: list[str]
+    sets: dict[str, _SetResults]
+    robustness: dict[str, _Robustness]
 
 
 class _Line(TypedDict):
@@ -41,6 +58,7 @@ class Run(NamedTuple):
 
     evaluations: of every step that was evaluated, in order.
     step: of the evaluation that is shown in detail; None: there is none.
+    shown_as: a name in place of the directory's.
     """
 
     workdir: Path
@@ -49,16 +67,22 @@ class Run(NamedTuple):
     parameters: str
     evaluations: Mapping[int, Mapping[str, Any]]
     step: int | None
+    shown_as: str = ""
 
     @property
     def name(self) -> str:
-        """The directory's own name."""
-        return self.workdir.resolve().name
+        """The directory's own name, or the one that it is shown as."""
+        return self.shown_as or self.workdir.resolve().name
 
     @property
     def results(self) -> Mapping[str, Any]:
         """The evaluation that is shown; empty where there is none."""
         return {} if self.step is None else self.evaluations[self.step]
+
+    @property
+    def sets(self) -> dict[str, Mapping[str, Any]]:
+        """The results of every set, the run's own by the name ''."""
+        return {"": self.results, **self.results.get("sets", {})}
 
 
 _RESULTS: pydantic.TypeAdapter[Any] = pydantic.TypeAdapter(_Results)
@@ -79,7 +103,7 @@ def read_run(workdir: Path, step: int | None = None) -> Run:
     try:
         config = resolve(json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(f"--workdir: no run in {workdir} (no config.json)") from None
+        raise ConfigError(f"no run in {workdir} (no config.json)") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: {error}") from None
     steps = sorted(int(path.stem) for path in (workdir / "eval").glob("*.json") if path.stem.isdecimal())
@@ -117,12 +141,28 @@ def _text(path: Path) -> str | None:
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines; a last one without its end, cut off by a kill or being written, does not count."""
-    lines = (_text(path) or "").split("\n")[:-1]
-    metrics = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            metrics.append(_LINE.validate_json(line))
-        except ValueError:
-            raise ConfigError(f"{path}:{number}: expected a JSON object with a step, got {line[:80]!r}") from None
-    return metrics
+    """The lines, evenly thinned where there are many, with the last one.
+
+    A line without its end, cut off by a kill or being written, does not count.
+    """
+    kept: list[dict[str, Any]] = []
+    last, stride = None, 1
+    try:
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    last = _LINE.validate_json(line)
+                except ValueError:
+                    shown = line[:80].decode(errors="replace").rstrip()
+                    raise ConfigError(f"{path}:{number}: expected a JSON object with a step, got {shown!r}") from None
+                if (number - 1) % stride == 0:
+                    kept.append(last)
+                if len(kept) > _LINES:
+                    kept, stride = kept[::2], 2 * stride
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return kept if last is None or kept[-1] is last else [*kept, last]

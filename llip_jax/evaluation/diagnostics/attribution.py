@@ -163,7 +163,7 @@ def hardest_mismatches(scores: Float[np.ndarray, "N J"], positives: Bool[np.ndar
 
 
 def attribution_figures(own: Sequence[Words], other: Sequence[Words]) -> dict[str, Any]:
-    """How well mismatches show in words; for images of the caller's choice (evenly spaced ones: ``evenly_spaced``).
+    """How well mismatches show in words; for images of the caller's choice.
 
     Args:
         own: images with a caption of their own, at least one.

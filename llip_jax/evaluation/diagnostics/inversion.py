@@ -23,7 +23,9 @@ from jaxtyping import Array, Float, Int
 
 from llip_jax.config import ConfigError
 from llip_jax.data.tokenizers import Tokenizer
+from llip_jax.evaluation.classification import mean_average_precision_outcomes
 from llip_jax.evaluation.diagnostics.pairs import normalized
+from llip_jax.evaluation.reading import spread
 from llip_jax.evaluation.scoring import Progress
 from llip_jax.ops.pair_scores import normalize
 from llip_jax.parallel.sharding import whole
@@ -114,8 +116,8 @@ def average_precision(
     rows: Int[np.ndarray, "Q"],
     gallery: Float[np.ndarray, "N d"],
     labels: Int[np.ndarray, "N"],
-) -> Float[np.ndarray, "Q"]:
-    """Average precision of each query, as scikit-learn's: answers that score the same count as one step.
+) -> tuple[float, float]:
+    """Mean average precision of the queries, ties counted fairly, and that of random scores.
 
     Args:
         queries: embeddings.
@@ -123,31 +125,19 @@ def average_precision(
         gallery: embeddings; scores are dot products.
         labels: an answer is right if it has the label of the query's row.
     """
-    result = np.empty(len(queries))
+    values, chances = [], []
     block = max(1, _BLOCK_PAIRS // len(gallery))
     for start in range(0, len(queries), block):
         own = rows[start : start + block]
-        scores = queries[start : start + block] @ gallery.T
-        scores[np.arange(len(own)), own] = -np.inf
-        order = np.argsort(-scores, axis=1)[:, :-1]
-        right = labels[order] == labels[own][:, None]
-        for row, (ranked, hits) in enumerate(zip(np.take_along_axis(scores, order, axis=1), right, strict=True)):
-            level = np.searchsorted(-ranked, -ranked[hits], side="right")
-            result[start + row] = np.mean(np.cumsum(hits)[level - 1] / level)
-    return result
-
-
-def average_precision_chance(right: Int[np.ndarray, "Q"], answers: int) -> Float[np.ndarray, "Q"]:
-    """Expected average precision of a random order of ``answers``, of which ``right`` are right."""
-    harmonic = np.sum(1 / np.arange(1, answers + 1))
-    # Given a right answer at rank k, each of the k - 1 before it is right with this probability.
-    share = (right - 1) / max(answers - 1, 1)
-    return (harmonic + share * (answers - harmonic)) / answers
-
-
-def evenly_spaced(count: int, most: int) -> Int[np.ndarray, "n"]:
-    """At most ``most`` of ``count`` indices, evenly spaced, the first among them."""
-    return np.arange(min(count, most)) * count // max(min(count, most), 1)
+        others = np.arange(len(gallery)) != own[:, None]
+        scores = (queries[start : start + block] @ gallery.T)[others].reshape(len(own), -1)
+        right = (labels == labels[own][:, None])[others].reshape(len(own), -1)
+        outcome = mean_average_precision_outcomes(scores.T, right.T)["mean_average_precision"]
+        assert outcome.chance is not None
+        # Queries weigh alike, whatever the number of their right answers.
+        values.append(np.sum(outcome.weight * outcome.values))
+        chances.append(np.sum(outcome.weight * outcome.chance))
+    return float(np.sum(values) / len(queries)), float(np.sum(chances) / len(queries))
 
 
 def inversion_figures(
@@ -193,7 +183,7 @@ def inversion_figures(
     shared = np.flatnonzero(counts[label] > 1)
     if not len(shared):
         raise ConfigError(f"inversion: expected images that share a label, got {len(labels)} of different ones")
-    rows = shared[evenly_spaced(len(shared), images)]
+    rows = spread(shared, images)
     gallery = normalized(embeddings).astype(np.float32)
     prompt = prompt_with_places(tokenizer, length, words)
     size = min(batch_size, len(rows))
@@ -205,13 +195,15 @@ def inversion_figures(
         found[start : start + size] = inverted.embedding[: len(some)]
         cosines[start : start + size] = inverted.cosines[: len(some)]
         progress(len(some))
+    intra, chance = average_precision(gallery[rows], rows, gallery, label)
+    inter, _ = average_precision(found, rows, gallery, label)
     return {
         "images": len(rows),
         "gallery": len(gallery) - 1,
         "steps": steps,
         "pseudo_words": words,
-        "intra_modal_map": float(average_precision(gallery[rows], rows, gallery, label).mean()),
-        "inter_modal_map": float(average_precision(found, rows, gallery, label).mean()),
-        "map_chance": float(average_precision_chance(counts[label[rows]] - 1, len(gallery) - 1).mean()),
+        "intra_modal_map": intra,
+        "inter_modal_map": inter,
+        "map_chance": chance,
         "cosine": float(cosines.mean()),
     }
