@@ -264,6 +264,12 @@ def address() -> Iterator[str]:
         os.environ.update(before)
 
 
+def files() -> set[Path]:
+    """What is kept of uploads and examples. (Gradio leaves an empty file behind for each upload.)"""
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    return {path for path in folder.rglob("*") if path.is_file() and path.stat().st_size}
+
+
 def answer(address: str, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, str]:
     """Status and text; ``headers`` with underscores for hyphens."""
     connection = HTTPConnection(address.removeprefix("http://"), timeout=30)
@@ -305,11 +311,6 @@ def test_other_sites_get_no_answer(address: str) -> None:
 
 def test_an_upload_is_one_file_of_bounded_size(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from llip_jax.explorer import guards
-
-    folder = Path(os.environ["GRADIO_TEMP_DIR"])
-
-    def files() -> set[Path]:
-        return {path for path in folder.rglob("*") if path.is_file()}
 
     def upload(body: bytes, path: str = "/gradio_api/upload", **headers: str) -> int:
         return answer(address, "POST", path, body, Content_Type=MULTIPART, **headers)[0]
@@ -370,8 +371,7 @@ def test_captions_typed_in_a_browser_change_scores_and_nothing_leaves_the_machin
     wrong = tmp_path / f"{'a-long-name-' * 8}.png"
     wrong.write_text("just some text")
     model = exhibit().model
-    folder = Path(os.environ["GRADIO_TEMP_DIR"])
-    before = set(folder.rglob("*"))
+    before = files()
 
     with chromium() as browser:
         page = browser.new_page()
@@ -420,7 +420,7 @@ def test_captions_typed_in_a_browser_change_scores_and_nothing_leaves_the_machin
 
         assert not problems
         assert all(url.startswith((address, "data:", "blob:")) for url in requests)
-    assert set(folder.rglob("*")) == before
+    assert files() == before
     assert not asked
 
 

@@ -294,7 +294,7 @@ def test_paired_differences_are_those_of_the_images_of_both_runs(tmp_path: Path)
         assert row.images == 30 and row.low <= row.difference <= row.high
         np.testing.assert_allclose(row.difference, expected, atol=1e-12)
     assert pairing.notes == [
-        "Retrieval: not paired, another pool of images and another pool of captions",
+        "Retrieval: not paired, another pool of images and captions",
         "30 images are in both (a: 30, b: 40)",
     ]
 
@@ -499,6 +499,7 @@ def test_probes_are_one_table_a_task_with_its_settings_in_a_line(run: Path) -> N
     assert knn.note.startswith("k = 20, temperature 0.07, 2") and "446 classes to choose from" in knn.note
     assert "the training images lack: 6" in knn.note
     assert "inverse regularization 10 (unconditioned, patches), 1 (tower)" in probe.note
+    assert "training images" in probe.note and probe.note.count("2\u202f000") == 1
     assert "converged: yes (unconditioned, patches), no (tower)" in probe.note
 
 

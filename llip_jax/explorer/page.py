@@ -31,7 +31,8 @@ THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospac
 
 CSS = """
 #examples .grid-wrap {height: auto; min-height: 0; max-height: none; overflow: visible; padding: 2px}
-#examples .grid-container {grid-template-columns: repeat(auto-fill, minmax(68px, 1fr)); grid-auto-rows: auto; padding: 0}
+#examples .grid-container {grid-template-columns: repeat(auto-fill, minmax(68px, 1fr)); padding: 0}
+#examples .grid-container {grid-auto-rows: auto}
 #examples .gallery-item, #examples .thumbnail-item {width: 100%; height: auto; aspect-ratio: 1}
 #examples .thumbnail-item.selected {outline: 2px solid var(--color-accent)}
 #examples .caption-label {display: none}
@@ -173,8 +174,9 @@ def comparison_html(comparison: Comparison) -> str:
     if plain is not None:
         cards.append(_card(plain, "No caption", "where the model looks before any caption"))
     for index, caption in enumerate(comparison.captions):
-        scores = f"cosine <b>{comparison.cosines[index]:.3f}</b> · {word}&nbsp;<b>{_percent(comparison.chance[index])}</b>"
-        bar = _bar(comparison.chance[index])
+        cosine, chance = comparison.cosines[index], comparison.chance[index]
+        scores = f"cosine <b>{cosine:.3f}</b> · {word}&nbsp;<b>{_percent(chance)}</b>"
+        bar = _bar(chance)
         cards.append(_card(maps[index], caption, scores, bar, "best" if index == best else ""))
     meaning = (
         "<b>match</b>: the model's probability that picture and caption belong together, sigmoid(scale × cosine + "

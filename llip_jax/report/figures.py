@@ -78,6 +78,14 @@ class Row(NamedTuple):
         return percent(self.value) if self.share else number(self.value)
 
     @property
+    def between(self) -> str:
+        """The interval as it is written, or ''."""
+        if self.interval is None:
+            return ""
+        low, high = map(percent if self.share else number, self.interval)
+        return f"{low.removesuffix(f'{_THIN}%')} to {high}"
+
+    @property
     def times(self) -> str:
         """How many times chance the value is, or ''."""
         return times(self.value / self.chance) if self.chance else ""
@@ -163,17 +171,15 @@ def _settings(parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys([*_SETTINGS, *(k for part in parts.values() for k, v in part.items() if isinstance(v, bool))])
     found = []
     for name in names:
-        values = {embedding: part[name] for embedding, part in parts.items() if name in part}
+        values = {embedding: part[name] for embedding, part in parts.items() if part.get(name) is not None}
         phrase = _SETTINGS.get(name, f"{label(name).lower()}: {{}}")
         if not values or all(value == _UNREMARKABLE.get(name) for value in values.values()):
             continue
-        if len(set(values.values())) == 1:
-            found.append(phrase.format(in_words(next(iter(values.values())))))
-        else:
-            alike: dict[str, list[str]] = {}
-            for embedding, value in values.items():
-                alike.setdefault(in_words(value), []).append(label(embedding).lower())
-            found.append(phrase.format(", ".join(f"{text} ({', '.join(names)})" for text, names in alike.items())))
+        alike: dict[str, list[str]] = {}
+        for embedding, value in values.items():
+            alike.setdefault(in_words(value), []).append(label(embedding).lower())
+        each = ", ".join(f"{text} ({', '.join(embeddings)})" for text, embeddings in alike.items())
+        found.append(phrase.format(each if len(alike) > 1 else next(iter(alike))))
     return found
 
 

@@ -147,7 +147,8 @@ def digests(run: Run) -> dict[str, str]:
 def _asked_otherwise(task: str, a: Mapping[str, str], b: Mapping[str, str]) -> str:
     """Why a task cannot be paired, or ''."""
     needs: Sequence[Any] = next((own for start, own in _NEEDS.items() if task.startswith(start)), tuple(_REASONS))
-    return " and ".join(_REASONS[need] for need in needs if need not in a or a[need] != b.get(need))
+    reasons = [_REASONS[need] for need in needs if need not in a or a[need] != b.get(need)]
+    return " and ".join(reasons).replace(" and another pool of", " and")
 
 
 def _about_images(base: Run, before: Saved, other: Run, after: Saved) -> Iterator[str]:
