@@ -19,8 +19,11 @@ lowest one.
 import argparse
 import json
 import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -129,10 +132,16 @@ def _lowest(pair: Words) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run directories of ToyWorld models")
+    about = {
+        "llip_jax": version("llip_jax"),
+        "jax": version("jax"),
+        "device": jax.default_backend(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
     for run in parser.parse_args().runs:
         for through_queries in (True, False):
             for line in measure(run, through_queries):
-                print(json.dumps(line))
+                print(json.dumps(line | about))
                 sys.stdout.flush()
 
 
