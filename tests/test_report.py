@@ -428,10 +428,12 @@ def test_runs_that_share_no_images_or_outcomes_say_so(run: Path, tmp_path: Path)
 
 def test_what_an_evaluation_changed_is_shown_and_compared(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "other")
-    _change(tmp_path / "other", lambda results: results.update(overrides=["data.toyworld.eval_size=100", "seed=<b>"]))
+    changed = {"overrides": ["data.toyworld.eval_size=100", "seed=<b>"], "classes": 40}
+    _change(tmp_path / "other", lambda results: results.update(changed))
     shown = "with data.toyworld.eval_size=100 seed=&lt;b&gt;"
     assert shown in write_report(tmp_path / "other").read_text() and shown not in write_report(run).read_text()
     page = write_comparison([run, tmp_path / "other"], tmp_path / "page.html").read_text()
+    assert "run: 300 classes to choose from; other: 40 classes to choose from" in page
     assert shown in page and "(evaluated with)" in page and "the same configuration" not in page
 
 

@@ -32,9 +32,10 @@ class MappedByRuns(NamedTuple):
 
 
 class SideBySide(NamedTuple):
-    """The figures of one task: of each, its rows by run (None: it has none)."""
+    """The figures of one task: of each, its rows by run (None: it has none). ``note``: how it was done."""
 
     title: str
+    note: str
     runs: list[str]
     rows: list[tuple[str, list[Row | None]]]
 
@@ -156,11 +157,13 @@ def _named(runs: Sequence[Run]) -> dict[str, Run]:
 def _side_by_side(runs: Mapping[str, Run]) -> tuple[list[SideBySide], dict[str, list[str]]]:
     """Tasks that several runs have done, with the runs that have; and by run those that it alone has done."""
     found: dict[str, dict[str, dict[str, Row]]] = {}
+    notes: dict[str, dict[str, list[str]]] = {}
     for name, run in runs.items():
         for one in figure_sets(run.results):
             for table in one.tables:
                 title = f"{table.title} ({one.title})" if one.title else table.title
                 found.setdefault(title, {})[name] = {row.path: row for row in table.rows}
+                notes.setdefault(title, {}).setdefault(table.note, []).append(name)
     tables, alone = [], dict[str, list[str]]()
     for title, by_run in found.items():
         if len(by_run) == 1:
@@ -168,5 +171,9 @@ def _side_by_side(runs: Mapping[str, Run]) -> tuple[list[SideBySide], dict[str, 
             continue
         names = {path: row.name for rows in by_run.values() for path, row in rows.items()}
         rows = [(name, [own.get(path) for own in by_run.values()]) for path, name in names.items()]
-        tables.append(SideBySide(title, list(by_run), rows))
+        own = notes[title]
+        note = (
+            next(iter(own)) if len(own) == 1 else "; ".join(f"{', '.join(own[text])}: {text}" for text in own if text)
+        )
+        tables.append(SideBySide(title, note, list(by_run), rows))
     return tables, alone
