@@ -167,7 +167,7 @@ class Evaluator:
         kept = np.concatenate([answerable, np.full(len(own_texts.listed) - len(captions), True)])
         new_row = np.cumsum(kept) - 1
         own = {
-            name: Own(rows >= 0, np.where(rows >= 0, new_row[rows], 0), *read.own[name])
+            name: Own(rows >= 0, None if name == "choices" else np.where(rows >= 0, new_row[rows], 0), *read.own[name])
             for name, rows in ((name, rows[read.rows]) for name, rows in own_texts.own.items())
         }
         return Reading(

@@ -43,14 +43,14 @@ class Own(NamedTuple):
     """Every image with some texts of its own (its captions, or the choices it is offered), filled up to C.
 
     mask: which of the C there are.
-    text: their rows in ``Reading.text_embedding``; 0 where there is none.
+    text: their rows in ``Reading.text_embedding``, 0 where there is none; None for choices, which may have none there.
     cosines: of the image, mixed by the text, with the text.
     mixed: the image mixed by the text, L2-normalised.
     weights: of the mixture tokens, head by head; None where texts do not mix images.
     """
 
     mask: Bool[np.ndarray, "N C"]
-    text: Int[np.ndarray, "N C"]
+    text: Int[np.ndarray, "N C"] | None
     cosines: Float[np.ndarray, "N C"]
     mixed: Float[np.ndarray, "N C d"] | None
     weights: Float[np.ndarray, "N C M K"] | None

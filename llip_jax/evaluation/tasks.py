@@ -26,8 +26,8 @@ class LeftOut(Exception):
 def run_tasks(reading: Reading, tasks: Collection[Task], config: EvalConfig, bar: Bar = silent) -> Result:
     """Figures by task, and by ``TASK/FIGURE`` the outcomes that they are means of.
 
-    Every set has ``images`` and ``unreadable_images``, ``texts`` where a task looks at captions, ``classes`` where there
-    are any. What a set has nothing for is named in ``left_out``, with the reason.
+    Every set has ``images`` and ``unreadable_images``, ``texts`` where a task looks at captions, and ``classes`` where
+    there are any. What a set has nothing for is named in ``left_out``, with the reason.
     """
     figures: dict[str, Any] = {
         "images": len(reading.annotations),

@@ -33,7 +33,7 @@ def diagnostic_figures(
     """
     embeddings = dict(reading.embeddings)
     own = reading.captions
-    if own is None:
+    if own is None or own.text is None:
         return {"spectra": spectra_figures(embeddings)}
     # Of images with one embedding whatever the text, the mixed one is that.
     mixed = None if own.weights is None else own.mixed
