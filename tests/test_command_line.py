@@ -280,7 +280,9 @@ def test_evaluating_again_gives_the_same(finished: Path) -> None:
     (finished / "eval/6.json").unlink()
     done = run(["launch/evaluate.py", "--workdir", str(finished), "--step", "6"])
     assert done.returncode == 0, done.stderr
-    assert (finished / "eval/6.json").read_text() == expected
+    again = json.loads((finished / "eval/6.json").read_text())
+    for task, figures in json.loads(expected).items():  # and intervals beside them
+        assert figures.items() <= again[task].items() if isinstance(figures, dict) else figures == again[task]
     assert "evaluation after 6 steps: 24 images" in done.stdout
 
 

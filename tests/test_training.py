@@ -92,7 +92,7 @@ def test_two_runs_are_equal_and_nothing_compiles_twice(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert numbers(tmp_path / "run") == numbers(finished_run())
     assert done.stdout.count("evaluation after") == 3
-    for function in ("train_step", "image_side", "text_side", "cosines"):
+    for function in ("train_step", "images_of", "texts_of_block", "cosines"):
         assert done.stderr.count(f"Finished XLA compilation of jit({function})") == 1, function
 
 

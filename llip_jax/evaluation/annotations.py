@@ -26,6 +26,8 @@ class Annotated(NamedTuple):
 
     annotations: list[Annotation | None]
     classes: ClassSpec | None
+    numbered: bool
+    """Whether integers among the labels are class numbers: their names were given. Otherwise they are names."""
     multi_label: bool
     first_problem: str
     """Of records that cannot be read; '' where there is none."""
@@ -51,13 +53,14 @@ def annotate(
     if not len(source):
         raise ConfigError(f"{field}: expected at least one sample, got none")
     setting = "data.label_field" if field == "eval" else f"{field}.label_field"
+    numbered = bool(own.classes) or eval_set.class_names is not None
     records: list[_Known | None] = []
     problem = ""
     with bar(len(source), "record", "reading captions") as progress:
         for index in range(len(source)):
             try:
                 record = read_patiently(source, index, time.sleep)
-                labels = _labels(record, eval_set.label_field, setting)
+                labels = _labels(record, eval_set.label_field, setting, numbered)
                 records.append(_Known(_digested(record), labels, _choices(record, own.choice_field, field)))
             except (BadSample, OSError) as error:  # left out of every evaluation, also should it become readable
                 problem = problem or str(error)
@@ -73,7 +76,7 @@ def annotate(
         classes = _classes(eval_set, own, prompts, [known.labels for known in read], field)
     numbers = {} if classes is None else {name: number for number, name in enumerate(classes.names)}
     annotations = [known and _annotation(known, numbers, setting) for known in records]
-    return Annotated(annotations, classes, multi_label, problem)
+    return Annotated(annotations, classes, numbered, multi_label, problem)
 
 
 class _Known(NamedTuple):
@@ -102,7 +105,7 @@ def _digested(record: Record) -> Record:
     return dataclasses.replace(record, image=b"", image_group=digest_of(picture))
 
 
-def _labels(record: Record, field: str | None, setting: str) -> tuple[Label, ...]:
+def _labels(record: Record, field: str | None, setting: str, numbered: bool) -> tuple[Label, ...]:
     """Class names or numbers of a record; several, or none, in a set with several labels an image."""
     if field is None:
         return ()
@@ -112,7 +115,7 @@ def _labels(record: Record, field: str | None, setting: str) -> tuple[Label, ...
             raise ConfigError(f"{setting}: the {field!r} of {record.name} is null, expected a class")
         known = nearest(field, list(record.fields)) if record.fields else " It has no fields."
         raise ConfigError(f"{setting}: {record.name} has no field {field!r}.{known}")
-    return labels
+    return labels if numbered else tuple(map(str, labels))
 
 
 def _classes(
@@ -126,15 +129,10 @@ def _classes(
         return class_spec(own.classes, templates, field)
     if eval_set.class_names is not None:
         return class_spec(eval_set.class_names, templates, field)
-    names = {one for own_labels in labels for one in own_labels}
-    if numbers := sorted(one for one in names if isinstance(one, int)):
-        raise ConfigError(
-            f"{field}.classes: the labels of {eval_set.label_field!r} are numbers ({numbers[0]}, ...); expected the "
-            "names of the classes, in order"
-        )
+    names = {str(one) for own_labels in labels for one in own_labels}
     if not names:
         raise ConfigError(f"{field}: no image has a label in {eval_set.label_field!r}, and {field}.classes names none")
-    return ClassSpec.from_names(sorted(map(str, names)), templates)
+    return ClassSpec.from_names(sorted(names), templates)
 
 
 def _number(label: Label, numbers: Mapping[str, int], where: str) -> int:
@@ -171,7 +169,9 @@ class TrainingLabels(NamedTuple):
     digest: str
 
 
-def training_labels(eval_set: EvalSet, classes: ClassSpec, most: int, bar: Bar = silent) -> TrainingLabels | None:
+def training_labels(
+    eval_set: EvalSet, classes: ClassSpec, numbered: bool, most: int, bar: Bar = silent
+) -> TrainingLabels | None:
     """At most ``most`` training images with one label each, evenly spread; None where the set has none.
 
     Numbers that are no class's (-1 marks the unlabelled in TensorFlow Datasets) leave their image out.
@@ -190,9 +190,11 @@ def training_labels(eval_set: EvalSet, classes: ClassSpec, most: int, bar: Bar =
                 found = label_names(record, field, f"the training images' {field!r}")
             except (BadSample, OSError):
                 continue
-            if len(found) != 1 or (isinstance(found[0], int) and not 0 <= found[0] < len(classes.names)):
+            if len(found) != 1:
                 continue
-            name = found[0]
+            name = found[0] if numbered else str(found[0])
+            if isinstance(name, int) and not 0 <= name < len(classes.names):
+                continue
             labels.append(name if isinstance(name, int) else numbers.setdefault(name, len(numbers)))
             indices.append(index)
             known += [record.name, str(name)]

@@ -93,7 +93,9 @@ class Evaluator:
         self._texts = texts_of(self._known, self._tasks)
         self._train = None
         if self._tasks & {"knn", "linear_probe"} and self._known.classes is not None and not self._known.multi_label:
-            self._train = training_labels(eval_set, self._known.classes, config.eval.probe_images, bar)
+            self._train = training_labels(
+                eval_set, self._known.classes, self._known.numbered, config.eval.probe_images, bar
+            )
         if jax.process_count() > 1:  # Else shapes may differ, and processes wait for each other for ever.
             known = digest_of(*(own.digest if own else "" for own in self._known.annotations), *self._texts.listed)
             multihost_utils.assert_equal(

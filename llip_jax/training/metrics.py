@@ -65,7 +65,7 @@ class MetricsWriter:
         os.replace(temporary, self._path)
 
 
-def progress_bar(total: int, initial: int, unit: str, label: str, *, keep: bool = True) -> Any:
+def progress_bar(total: int, initial: int, unit: str, label: str, *, keep: bool = True, delay: float = 0) -> Any:
     """A bar on standard error with rate and time left; every ten seconds only where that is no terminal."""
     interactive = sys.stderr.isatty()
     return tqdm(
@@ -74,6 +74,7 @@ def progress_bar(total: int, initial: int, unit: str, label: str, *, keep: bool 
         unit=unit,
         desc=label,
         leave=keep,
+        delay=delay,
         mininterval=0.5 if interactive else 10,
         dynamic_ncols=interactive,
         smoothing=0.1,
@@ -82,6 +83,9 @@ def progress_bar(total: int, initial: int, unit: str, label: str, *, keep: bool 
 
 @contextlib.contextmanager
 def progress_of(total: int, unit: str, label: str) -> Iterator[Callable[[int], Any]]:
-    """A progress bar that goes when it is done; its value takes what has been done since the last call."""
-    with progress_bar(total, 0, unit, label, keep=False) as bar:
+    """A progress bar that comes after two seconds and goes when all is done.
+
+    Its value takes what has been done since the last call.
+    """
+    with progress_bar(total, 0, unit, label, keep=False, delay=2) as bar:
         yield bar.update
