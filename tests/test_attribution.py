@@ -54,7 +54,13 @@ def model_of(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "through_queries"), [("llip", True), ("llip", False), ("clip", True), ("siglip", True)]
+    ("name", "through_queries"),
+    [
+        ("llip", True),
+        pytest.param("llip", False, marks=pytest.mark.slow),
+        pytest.param("clip", True, marks=pytest.mark.slow),
+        pytest.param("siglip", True, marks=pytest.mark.slow),
+    ],
 )
 def test_an_attribution_is_what_the_cosine_gains_as_attention_to_the_token_grows(name, through_queries):
     """Finite differences, one token at a time: all its attention weights a little larger, then smaller."""

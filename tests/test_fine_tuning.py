@@ -113,6 +113,7 @@ def test_the_run_keeps_the_tokenizer_and_says_what_it_came_to() -> None:
     assert config.train.steps == 4 and config.optimizer.layer_decay == 0.75
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bit_by_bit_and_without_its_source(tmp_path: Path) -> None:
     source = shutil.copytree(source_run(), tmp_path / "source")
     first = fine_tune(tmp_path / "run", source, {"checkpoint.every_steps": 2, "train.steps": 2})

@@ -36,7 +36,13 @@ def model_of(**changes):
     return graph, jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params)
 
 
-@pytest.mark.parametrize("changes", [{}, {"text.causal": False, "text.pooling": "last", "text.layers": 2}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"text.causal": False, "text.pooling": "last", "text.layers": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_texts_with_a_known_word_in_the_place_are_found_again(changes):
     (graph, params), rng = model_of(**changes), np.random.default_rng()
     prompt = prompt_with_places(Letters(), 12, prompt="photo")

@@ -17,13 +17,13 @@ TOWERS = {
 
 
 def model_of(tower: str) -> DualEncoder:
-    changes = {"vision.layers": 3, "text.layers": 2} | TOWERS[tower]
+    changes = {"vision.layers": 2, "text.layers": 2} | TOWERS[tower]
     graph, params = nnx.split(DualEncoder(tiny_config(model=changes), rngs=nnx.Rngs(0)), nnx.Param)
     noised = jax.tree.map(lambda x: x + 0.1 * np.random.default_rng().standard_normal(x.shape, np.float32), params)
     return nnx.merge(graph, noised)
 
 
-@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("tower", ["weighted", "siglip"])
 def test_observed_towers_give_the_same_outputs_and_weights_that_sum_to_one(tower):
     rng, model = np.random.default_rng(), model_of(tower)
     images = rng.integers(0, 256, (3, 16, 16, 3), np.uint8)

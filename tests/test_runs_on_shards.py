@@ -14,6 +14,7 @@ recorder.Recorder.add = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_a_run_on_dirty_shards_goes_on_with_other_workers_and_tells_what_changed(tmp_path: Path) -> None:
     clean = samples(90)
     dirty = tuple(

@@ -164,6 +164,7 @@ def results() -> dict[str, Any]:
 DIVIDED = [name for name in MESHES if name != "one"]
 
 
+@pytest.mark.slow
 def test_losses_fall_in_the_first_place() -> None:
     losses = results()["one"]["losses"]
     assert losses[-1] < losses[0] - 0.3

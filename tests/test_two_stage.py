@@ -228,6 +228,7 @@ def with_shortlist(length: int, pooler: str = "mixer") -> Config:
     return dataclasses.replace(config, eval=dataclasses.replace(config.eval, shortlist=length))
 
 
+@pytest.mark.slow
 def test_the_evaluator_reports_both() -> None:
     config = with_shortlist(3)
     results = evaluate(config, world())
