@@ -58,14 +58,17 @@ def _table(results: Mapping[str, Any]) -> Iterator[str]:
         return
     width = max([36, *(len(row.label) for row in rows)])
     intervals = any(row.interval for row in rows)
-    yield f"  {'':<{width}} {'value':>8} {'95 % interval' * intervals:>{18 * intervals}} {'chance':>8}  times chance"
+
+    def line(label: str, value: str, between: str, chance: str, times: str) -> str:
+        return f"  {label:<{width}} {value:>8} {f'{between:>18} ' * intervals}{chance:>8}  {times}".rstrip()
+
+    yield line("", "value", "95 % interval", "chance", "times chance")
     for label, value, interval, chance in rows:
         between = f"{interval[0]:.2%} to {interval[1]:.2%}" if interval else ""
         if chance is None:
-            yield f"  {label:<{width}} {value:8.1f}"
-            continue
-        times = f"{value / chance:.1f}" if chance else ""
-        yield f"  {label:<{width}} {value:8.2%} {between:>{18 * intervals}} {chance:8.2%}  {times}"
+            yield line(label, f"{value:.1f}", between, "", "")
+        else:
+            yield line(label, f"{value:.2%}", between, f"{chance:.2%}", f"{value / chance:.1f}" if chance else "")
 
 
 def _rows(task: str, figures: Mapping[str, Any]) -> Iterator[_Row]:
