@@ -184,6 +184,7 @@ def test_words_that_share_a_token_are_joined_and_others_get_the_mean_of_theirs(t
         np.testing.assert_allclose(value, values[start:end].sum() / (end - start), rtol=1e-5, err_msg=word)
 
 
+@pytest.mark.slow
 def test_a_pair_does_not_depend_on_the_others(tmp_path):
     (graph, params), rng = model_of("llip"), np.random.default_rng()
     images = rng.integers(0, 256, (5, 16, 16, 3), np.uint8)

@@ -193,7 +193,8 @@ def test_an_overlay_is_lightest_where_the_map_is_highest_and_ignores_what_is_bel
     centres = drawn[20::40, 20::40].astype(float) @ [0.299, 0.587, 0.114]
     assert np.argmax(centres) == np.argmax(map)
     positive = np.argsort(map[map > 0])
-    assert (np.diff(centres[map > 0][positive]) >= -1).all()
+    # Beside a patch's centre an eightieth of each neighbour is mixed in: of some 130 levels, up to 4 in all.
+    assert (np.diff(centres[map > 0][positive]) >= -4).all()
     np.testing.assert_array_equal(overlay(grey, np.maximum(map, 0)), drawn)
     np.testing.assert_array_equal(overlay(grey, 1e-6 * map), drawn)  # each by its own scale
     nothing = overlay(grey, -np.abs(map))

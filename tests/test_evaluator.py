@@ -159,6 +159,7 @@ def evaluate_on_eight() -> dict[str, Any]:
     return evaluate(config_of(8), world(), devices=8)
 
 
+@pytest.mark.slow
 def test_devices_do_not_show() -> None:
     assert call_on_devices(evaluate_on_eight, devices=8) == expected()
 

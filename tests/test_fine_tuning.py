@@ -124,6 +124,7 @@ def test_a_run_goes_on_bit_by_bit_and_without_its_source(tmp_path: Path) -> None
     assert "going on from step 2" in second.stdout
 
 
+@pytest.mark.slow
 def test_a_locked_tower_stays_bit_by_bit_what_it_was(tmp_path: Path) -> None:
     done = fine_tune(tmp_path / "run", source_run(), {"model.mixture_tokens": 1}, ":locked")
     assert done.returncode == 0, done.stderr
@@ -197,7 +198,7 @@ def test_mistakes_are_told_without_a_traceback(tmp_path: Path) -> None:
     assert "nowhere: no such file or folder" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("format", ["open_clip", "huggingface"])
+@pytest.mark.parametrize("format", [pytest.param("open_clip", marks=pytest.mark.slow), "huggingface"])
 def test_a_clip_goes_out_and_comes_back_bit_by_bit(
     format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,6 +124,7 @@ def test_neither_batches_nor_padding_show(batch_size: int, counts: list[int]) ->
         assert relative_error(model.score(images[:count], TEXTS[:count]), scores[:count, :count]) < 1e-5
 
 
+@pytest.mark.slow
 def test_maps_are_of_each_picture_and_text_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     images, texts, model = pictures(5), TEXTS[:3], Model(tiny_weights(), batch_size=4)
     maps = model.maps(images, texts)

@@ -23,7 +23,7 @@ def model_of(tower: str) -> DualEncoder:
     return nnx.merge(graph, noised)
 
 
-@pytest.mark.parametrize("tower", ["weighted", "siglip"])
+@pytest.mark.parametrize("tower", [pytest.param("weighted", marks=pytest.mark.slow), "siglip"])
 def test_observed_towers_give_the_same_outputs_and_weights_that_sum_to_one(tower):
     rng, model = np.random.default_rng(), model_of(tower)
     images = rng.integers(0, 256, (3, 16, 16, 3), np.uint8)

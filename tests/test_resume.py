@@ -117,6 +117,7 @@ def test_finished_run_stays_as_it_is(tmp_path: Path) -> None:
     assert_same_run(run, finished_run())
 
 
+@pytest.mark.slow
 def test_stopped_in_an_evaluation_between_checkpoints(tmp_path: Path) -> None:
     """The step is saved then, although no checkpoint was due; also with unreadable images and sparse log lines."""
     world = ToyWorld(tiny_config().data.toyworld, "train", image_size=20)

@@ -4,6 +4,7 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
 from data_formats import samples, write_tars
 from run_helpers import metrics, numbers, train
 

@@ -376,6 +376,7 @@ def _placed_alike(tree: Any, abstract: Any) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_averages_and_moments_are_divided_like_their_parameters() -> None:
     results = call_on_devices(train_on_eight, devices=8)
     assert results["placed_as_specified"] == [True, True] and results["born_equal"]
