@@ -196,7 +196,7 @@ def test_an_overlay_is_lightest_where_the_map_is_highest_and_ignores_what_is_bel
     positive = np.argsort(map[map > 0])
     assert (np.diff(centres[map > 0][positive]) > 0).all()
     np.testing.assert_array_equal(overlay(grey, np.maximum(map, 0)), drawn)
-    np.testing.assert_array_equal(overlay(grey, 1e-6 * map), drawn)  # each by its own scale
+    np.testing.assert_array_equal(overlay(grey, 2.0**-20 * map), drawn)  # each by its own scale
     nothing = overlay(grey, -np.abs(map))
     assert (nothing == nothing[0, 0]).all() and nothing.max() < 70
     assert overlay(np.zeros((300, 200, 3), np.uint8), map).shape == (300, 200, 3)
