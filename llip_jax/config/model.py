@@ -107,7 +107,8 @@ class ModelConfig:
     """Initial b; None: no bias; 'prior': log(p / (1 - p)) with p = 1 / global batch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; parameters stay float32. 'auto': float32 on CPU, bfloat16 on accelerators."""
-    remat: Literal["none", "dots", "layer"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or each layer."""
+    remat: Literal["none", "dots", "offload", "layer"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, the same with those products kept in the
+    host's memory, or each layer."""
     scan_layers: bool | Literal["auto"] = "auto"
     """Compile one layer and loop over depth. 'auto': loop on accelerators, unroll on CPU (faster steps there)."""

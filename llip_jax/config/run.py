@@ -59,6 +59,8 @@ class TrainConfig:
 
     batch_size: int = Field(default=256, ge=2)
     """Images a step over all devices and processes (the global batch)."""
+    microbatches: int = Field(default=1, ge=1)
+    """Pieces in which the towers go through a batch, to save memory; every image still meets every text of the batch."""
     steps: int = Field(default=1000, ge=0)
     log_every_steps: int = Field(default=10, ge=1)
     frozen: tuple[str, ...] = ()
@@ -120,8 +122,35 @@ class CheckpointConfig:
     """Saved without stopping training; the newest ``keep`` are kept, and every ``keep_every_steps``-th for good."""
 
     every_steps: int = Field(default=1000, ge=1)
+    every_minutes: float | None = Field(default=None, gt=0)
+    """Save as well when so long has gone since the last save, so that no more is lost; None: by steps only."""
     keep: int = Field(default=3, ge=1)
     keep_every_steps: int | None = Field(default=None, ge=1)
+    failures: int = Field(default=3, ge=1)
+    """Saves in a row that may fail (a full disk, a directory that is gone) before the run stops."""
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class FaultsConfig:
+    """What a run does about numbers that are wrong, and how long it waits for what does not come."""
+
+    not_finite: Literal["stop", "skip", "rewind"] = "stop"
+    """Where loss or gradient is not finite: stop the run, leave out that update, or go back to the newest checkpoint and
+    on from there without the batches up to and with this one."""
+    spike: Literal["log", "skip", "rewind", "stop"] = "log"
+    """The same for a loss above ``spike_factor`` times the median of the last ``spike_window`` losses."""
+    spike_factor: float | None = Field(default=None, gt=1)
+    """None: no loss is a spike."""
+    spike_window: int = Field(default=100, ge=10)
+    limit: int = Field(default=10, ge=1)
+    """Updates left out in a row, or rewinds to one checkpoint, after which the run stops."""
+    start_s: float | None = Field(default=3600.0, gt=0)
+    """Seconds from the start to the end of the first step, compiling included, after which a process ends itself with
+    stack traces and an exit code that is not 0; None: it waits for ever."""
+    step_s: float | None = Field(default=1800.0, gt=0)
+    """The same for one step, one save that is waited for, or one block of an evaluation."""
+    process_s: float = Field(default=100.0, ge=5)
+    """Seconds without a sign of life from one process after which the others end themselves."""
 
 
 Scorer = Literal["mean_text", "mean_score", "max_score", "attributes"]
@@ -252,5 +281,6 @@ class Config:
     init: InitConfig = Field(default_factory=InitConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = Field(default_factory=FaultsConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     mesh: MeshConfig = Field(default_factory=MeshConfig)
