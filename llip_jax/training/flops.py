@@ -10,22 +10,8 @@ from llip_jax.models.dual_encoder import abstract_model
 from llip_jax.models.pooling import token_count
 from llip_jax.models.sizes import TowerShape, model_shape
 from llip_jax.ops.pair_blocks import mixture_multiply_adds
+from llip_jax.parallel.chips import chip_of
 from llip_jax.training.optimizer import trained_paths
-
-PEAK_BF16_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-"""Dense bf16 peak of a chip by ``jax.Device.device_kind``, from the makers' data sheets."""
 
 
 def train_step_flops(config: Config) -> float:
@@ -68,6 +54,6 @@ def _tower(shape: TowerShape, tokens: int) -> float:
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:
-    """Peak of all devices together, or None where a kind is not in the table."""
-    peaks = [PEAK_BF16_FLOPS.get(d.device_kind) for d in devices]
-    return None if None in peaks else sum(p for p in peaks if p is not None)
+    """Dense bf16 peak of all devices together, or None where a kind is not in the table of chips."""
+    chips = [chip_of(device.device_kind) for device in devices]
+    return None if None in chips else sum(chip.peak_bf16 / chip.devices_per_chip for chip in chips if chip is not None)
