@@ -21,12 +21,11 @@ from llip_jax.command_line import run, split_overrides
 from llip_jax.config import Config
 from llip_jax.config_files import load
 from llip_jax.parallel.mesh import make_mesh
-from llip_jax.parallel.sharding import batch_sharding
 from llip_jax.training.flops import train_step_flops
 from llip_jax.training.loop import compile_step
 from llip_jax.training.optimizer import make_optimizer
 from llip_jax.training.state import init_state, state_spec
-from llip_jax.training.step import make_train_step
+from llip_jax.training.step import make_train_step, steering, step_inputs
 
 
 def random_batch(config: Config) -> dict[str, np.ndarray]:
@@ -42,6 +41,7 @@ def random_batch(config: Config) -> dict[str, np.ndarray]:
         "image_group": np.arange(n, dtype=np.int32),
         "text_group": np.arange(n * slots, dtype=np.int32).reshape(n, slots),
         "replaced": np.zeros(n, np.int32),
+        **steering(n),
     }
 
 
@@ -55,7 +55,8 @@ def prepare(config: Config) -> tuple[Callable[[], float], dict[str, Any]]:
         compiled: Any = compile_step(make_train_step(config, spec, optimizer), config, spec, mesh)
         compile_s = time.perf_counter() - begun
         state = init_state(config, optimizer, spec)
-        batch = jax.device_put(random_batch(config), batch_sharding(mesh))
+        inputs = step_inputs(config, mesh)
+        batch = {name: jax.device_put(x, inputs[name].sharding) for name, x in random_batch(config).items()}
 
     def step() -> float:
         nonlocal state

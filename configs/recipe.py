@@ -20,7 +20,14 @@ def paper(size: str, variant: str | None, *, learning_rate: float, beta2: float,
     ``sections`` are further top-level sections; they replace those of the recipe.
     """
     config: dict[str, Any] = {
-        "model": {"size": size, "mixture_tokens": 64, "mixer_heads": 8, "activation": "quick_gelu", "remat": "layer"},
+        "model": {
+            "size": size,
+            "mixture_tokens": 64,
+            "mixer_heads": 8,
+            "activation": "quick_gelu",
+            "remat": "layer",
+            "attention": "kernel",
+        },
         "train": {"batch_size": BATCH, "steps": SAMPLES // BATCH, "log_every_steps": 50},
         "optimizer": {
             "learning_rate": learning_rate,

@@ -18,12 +18,11 @@ from run_helpers import call_on_devices, tiny_config
 from llip_jax.config import CheckpointConfig, Config, ConfigError, MeshConfig
 from llip_jax.objectives.objective import Forward, objective
 from llip_jax.parallel.mesh import make_mesh
-from llip_jax.parallel.sharding import batch_sharding
 from llip_jax.training.checkpoints import Checkpoints, Progress
 from llip_jax.training.optimizer import decayed, make_optimizer, rate_factors
 from llip_jax.training.paths import by_path, nested
 from llip_jax.training.state import StateSpec, TrainState, state_from, state_spec
-from llip_jax.training.step import make_train_step, stream_key
+from llip_jax.training.step import make_train_step, steering, step_inputs, stream_key
 
 FAST = {"xla_backend_optimization_level": 0}
 """Compiles in half the time."""
@@ -74,13 +73,10 @@ class Trainer:
         self.spec = state_spec(config, optimizer, self.mesh)
         step = make_train_step(config, self.spec, optimizer)
         out = (self.spec.shardings, None)
-        batch = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(self.mesh))
-            for name, x in random_batches(config, 0)[0].items()
-        }
+        self.inputs = step_inputs(config, self.mesh)
         with jax.set_mesh(self.mesh):
             jitted = jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=FAST)
-            self.compiled = jitted.lower(self.spec.abstract, batch).compile()
+            self.compiled = jitted.lower(self.spec.abstract, self.inputs).compile()
             start = random_params(self.spec, 1) if params is None else params
             self.start = state_from(nested(start), optimizer, self.spec)
 
@@ -89,7 +85,10 @@ class Trainer:
         return jax.tree.map(jnp.copy, self.start)
 
     def step(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> tuple[TrainState, dict[str, Any]]:
-        return self.compiled(state, jax.device_put(dict(batch), batch_sharding(self.mesh)))
+        columns = {**batch, **steering(len(batch["image"]))}
+        return self.compiled(
+            state, {name: jax.device_put(x, self.inputs[name].sharding) for name, x in columns.items()}
+        )
 
 
 def leaves(tree: Any) -> Leaves:
@@ -106,7 +105,9 @@ def gradient() -> Callable[[Leaves, Mapping[str, np.ndarray], int], Leaves]:
     @jax.grad
     def compiled(params: Any, batch: Any, step: Any) -> jax.Array:
         key = stream_key(config.seed, "patch_dropout", step)
-        return objective(config.objective, Forward(nnx.merge(graph, params), batch, key, config.pair_scores, None))[0]
+        model = nnx.merge(graph, params)
+        dropout = model.draw_dropout(config.train.batch_size, key)
+        return objective(config.objective, Forward(model, batch, dropout, config.pair_scores, None))[0]
 
     def call(params: Leaves, batch: Mapping[str, np.ndarray], step: int) -> Leaves:
         return leaves(compiled(nested({path: x.astype(np.float32) for path, x in params.items()}), batch, step))
@@ -238,7 +239,8 @@ def test_a_locked_tower_takes_no_backward_pass() -> None:
     spec = planned().spec
 
     def tower(params: Any, images: Any, key: Any) -> jax.Array:
-        return nnx.merge(spec.graph, params).vision(images, key).mixture
+        vision = nnx.merge(spec.graph, params).vision
+        return vision(images, vision.draw_dropout(len(images), key)).mixture
 
     images = random_batches(config_of({}), 0)[0]["image"]
     forward = jax.jit(tower, compiler_options=FAST).lower(spec.abstract.params, images, jax.random.key(0)).compile()

@@ -120,7 +120,8 @@ class _Model(nn.Module):
             ztxt = _normalized(texts.embedding, "txt", out)
         if image is not None:
             drops = train and self.config.model.patch_dropout > 0
-            tower = model.encode_images(_levels(image), self.make_rng("dropout") if drops else None)
+            dropout = model.draw_dropout(len(image), self.make_rng("dropout")) if drops else None
+            tower = model.encode_images(_levels(image), dropout)
             out["img/encoded"], out["img/tokens"] = tower.patches, tower.mixture
             images = out["img/side"] = model.image_side(tower)
             if isinstance(images, FixedSide):

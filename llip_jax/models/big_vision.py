@@ -47,10 +47,14 @@ class BigVisionTower(nnx.Module):
         activation = config.vision.activation or config.activation
         self.attention_pool = AttentionPool(shape.vision, activation, config.layer_norm_epsilon, dtype, rngs)
 
-    def __call__(self, images: UInt8[Array, "N H W 3"], dropout_key: Key[Array, ""] | None = None) -> TowerOutput:
-        """Image tokens; with ``dropout_key`` its dropout is on (training)."""
+    def draw_dropout(self, images: int, key: Key[Array, ""]) -> Key[Array, "N"]:
+        """One key, which it draws by for all images at once; a row for each image as of other towers."""
+        return jnp.broadcast_to(key, (images,))
+
+    def __call__(self, images: UInt8[Array, "N H W 3"], dropout: Key[Array, "N"] | None = None) -> TowerOutput:
+        """Image tokens; with ``dropout`` (:meth:`draw_dropout`) its dropout is on (training)."""
         pixels = normalized_pixels(images, self.mean, self.std)
-        patches = self._patches(pixels, dropout_key).astype(self.dtype)
+        patches = self._patches(pixels, None if dropout is None else dropout[0]).astype(self.dtype)
         return TowerOutput(self.attention_pool(in_use(self.tokens, self.dtype), patches), patches)
 
     def _patches(self, pixels: Float[Array, "N H W 3"], dropout_key: Key[Array, ""] | None = None) -> Array:

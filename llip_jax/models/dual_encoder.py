@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
 
 from llip_jax.config import Config
 from llip_jax.models.big_vision import BigVisionTower
@@ -41,9 +41,15 @@ class DualEncoder(nnx.Module):
         bias = initial_bias(model.logit_bias, config.train.batch_size)
         self.bias = None if bias is None else nnx.Param(jnp.float32(bias), axes=())
 
-    def encode_images(self, images: UInt8[Array, "N H W 3"], dropout_key: Key[Array, ""] | None = None) -> TowerOutput:
-        """Image tokens of raw pixels."""
-        return self.vision(images, dropout_key)
+    def draw_dropout(self, images: int, key: Key[Array, ""]) -> Shaped[Array, "N ..."] | None:
+        """What is random about a batch of so many images in training, a row for each; None: nothing."""
+        return self.vision.draw_dropout(images, key)
+
+    def encode_images(
+        self, images: UInt8[Array, "N H W 3"], dropout: Shaped[Array, "N ..."] | None = None
+    ) -> TowerOutput:
+        """Image tokens of raw pixels; ``dropout`` (:meth:`draw_dropout`) turns dropout on (training)."""
+        return self.vision(images, dropout)
 
     def image_side(self, output: TowerOutput) -> ImageSide:
         """What the pair scores need of images; rows stay divided over the batch axes."""

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from llip_jax.models.sizes import TowerShape
+from llip_jax.ops.attention import Implementation, attention
 from llip_jax.parallel.sharding import constrain, in_use
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -23,6 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 # What the forward pass keeps for the backward pass.
 REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
     "layer": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -67,6 +69,7 @@ class Block(nnx.Module):
         epsilon: float,
         causal: bool,
         weighted: WeightedTokens | None,
+        attend: Implementation,
         dtype: Any,
         rngs: nnx.Rngs,
     ):
@@ -82,7 +85,8 @@ class Block(nnx.Module):
         self.up_bias = zeros_param((shape.mlp,), ("mlp",))
         self.down = normal_param(rngs, residual_std, (shape.mlp, d), ("mlp", "embed"))
         self.down_bias = zeros_param((d,), (None,))
-        self.activation, self.causal, self.weighted, self.dtype = activation, causal, weighted, dtype
+        self.activation, self.causal, self.weighted, self.attend = activation, causal, weighted, attend
+        self.dtype = dtype
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """The block's output."""
@@ -92,7 +96,7 @@ class Block(nnx.Module):
     def attention(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         """Multi-head self-attention."""
         q, k, v, bias = self._attended(x)
-        return self._projected(jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=self.causal))
+        return self._projected(attention(q, k, v, bias, causal=self.causal, implementation=self.attend))
 
     def observed(
         self, x: Float[Array, "B S D"], offset: Float[Array, "B H S S"]
@@ -193,15 +197,16 @@ class Transformer(nnx.Module):
         epsilon: float,
         causal: bool,
         weighted: WeightedTokens | None = None,
+        attend: Implementation = "xla",
         dtype: Any,
-        remat: Literal["none", "dots", "layer"],
+        remat: Literal["none", "dots", "offload", "layer"],
         scan: bool,
         rngs: nnx.Rngs,
     ):
         @nnx.split_rngs(splits=shape.layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def make_blocks(rngs: nnx.Rngs) -> Block:
-            return Block(shape, activation, epsilon, causal, weighted, dtype, rngs)
+            return Block(shape, activation, epsilon, causal, weighted, attend, dtype, rngs)
 
         self.blocks = make_blocks(rngs)
         self.layers, self.remat, self.scan = shape.layers, remat, scan

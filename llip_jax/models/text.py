@@ -20,13 +20,15 @@ class TextTower(nnx.Module):
     ):
         d = shape.text.width
         self.embedding = normal_param(rngs, 0.02, (vocabulary, d), ("vocab", "embed"))
-        self.positions = normal_param(rngs, 0.01, (config.text.length, d), (None, "embed"))
+        # Whole everywhere: small, and the compiler would gather activations to divide a sum over the batch.
+        self.positions = normal_param(rngs, 0.01, (config.text.length, d), (None, None))
         self.transformer = Transformer(
             shape.text,
             activation=config.text.activation or config.activation,
             epsilon=config.layer_norm_epsilon,
             causal=config.text.causal,
             dtype=dtype,
+            attend=config.attention,
             remat=config.remat,
             scan=scan,
             rngs=rngs,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from llip_jax.config import ModelConfig
 from llip_jax.models.layers import AttentionPool, Transformer, WeightedTokens, layer_norm, normal_param, zeros_param
@@ -60,8 +60,9 @@ class VisionTower(nnx.Module):
         pixels = shape.patch**2 * 3
         self.patch_kernel = normal_param(rngs, pixels**-0.5, (pixels, d), (None, "embed"))
         self.patch_bias = zeros_param((d,), (None,)) if vision.patch_bias else None
-        self.tokens = normal_param(rngs, d**-0.5, (tokens, d), (None, "embed"))
-        self.positions = normal_param(rngs, d**-0.5, (patches, d), (None, "embed"))
+        # Whole everywhere: they are small, and the compiler would gather activations to divide sums over the batch.
+        self.tokens = normal_param(rngs, d**-0.5, (tokens, d), (None, None))
+        self.positions = normal_param(rngs, d**-0.5, (patches, d), (None, None))
         self.norm_pre = layer_norm(d, epsilon, dtype, rngs) if vision.norm_pre else None
         self.transformer = Transformer(
             shape.vision,
@@ -70,6 +71,7 @@ class VisionTower(nnx.Module):
             causal=False,
             weighted=WeightedTokens(tokens, vision.token_weight) if in_sequence and vision.token_weight != 1 else None,
             dtype=dtype,
+            attend=config.attention,
             remat=config.remat,
             scan=scan,
             rngs=rngs,
@@ -80,15 +82,27 @@ class VisionTower(nnx.Module):
         self.patch_dropout, self.dtype = config.patch_dropout, dtype
         self.mean, self.std = config.image_mean, config.image_std
 
-    def __call__(self, images: UInt8[Array, "N H W 3"], dropout_key: Key[Array, ""] | None = None) -> TowerOutput:
-        """Image tokens; ``dropout_key`` turns patch dropout on (training).
+    def draw_dropout(self, images: int, key: Key[Array, ""]) -> Int[Array, "N kept"] | None:
+        """The patches that each image keeps under patch dropout: a random ceil((1 - rate) P); None without dropout.
+
+        Drawn once for a batch, so that it does not depend on the pieces in which the batch is gone through.
+        """
+        if self.patch_dropout == 0:
+            return None
+        patches = self.positions.shape[0]
+        keep = math.ceil((1 - self.patch_dropout) * patches)
+        random = constrain(jax.random.uniform(key, (images, patches)), "batch", None)
+        return jnp.argsort(random, axis=1)[:, :keep]
+
+    def __call__(self, images: UInt8[Array, "N H W 3"], dropout: Int[Array, "N kept"] | None = None) -> TowerOutput:
+        """Image tokens; with ``dropout`` (:meth:`draw_dropout`) only of some patches (FLIP, arXiv 2212.00794).
 
         Raises:
             ValueError: images of another size or type.
         """
         x = self._embedded(images)
-        if dropout_key is not None and self.patch_dropout > 0:
-            x = drop_patches(x, self.patch_dropout, dropout_key)
+        if dropout is not None:
+            x = jnp.take_along_axis(x, dropout[:, :, None], axis=1)
         tokens = in_use(self.tokens, self.dtype)
         if self.attention_pool is not None:
             patches = self.norm_post(self.transformer(self._first_norm(x)))
@@ -143,11 +157,3 @@ def normalized_pixels(
 ) -> Float[Array, "N H W 3"]:
     """Pixels as towers take them, in float32: the subtraction would cost bfloat16 about a grey level."""
     return (images.astype(jnp.float32) / 255 - jnp.asarray(mean)) / jnp.asarray(std)
-
-
-def drop_patches(x: Float[Array, "N P D"], rate: float, key: Key[Array, ""]) -> Float[Array, "N kept D"]:
-    """Keeps a random ceil((1 - rate) P) of each image's patches (FLIP, arXiv 2212.00794)."""
-    n, patches, _ = x.shape
-    keep = math.ceil((1 - rate) * patches)
-    order = jnp.argsort(jax.random.uniform(key, (n, patches)), axis=1)[:, :keep]
-    return jnp.take_along_axis(x, order[:, :, None], axis=1)

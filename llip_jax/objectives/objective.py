@@ -3,10 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Shaped
 
 from llip_jax.config import ObjectiveConfig, PairLossConfig, PairScoresConfig
 from llip_jax.models.dual_encoder import DualEncoder
@@ -20,29 +21,42 @@ from llip_jax.ops.pair_scores import TextSide
 from llip_jax.ops.plan import make_plan
 
 
+class Encoded(NamedTuple):
+    """What a loss needs of the towers: image tokens [N, ...], and the texts of the J = N*C caption slots."""
+
+    images: TowerOutput
+    texts: TextSide
+
+
 @dataclass(frozen=True)
 class Forward:
     """One forward pass over a batch; each part is computed when a term first asks for it.
 
     batch: device arrays named as in data.records.Batch.
-    dropout_key: randomness of this step; None leaves dropout out.
+    dropout: what DualEncoder.draw_dropout drew for this batch; None leaves dropout out.
     """
 
     model: DualEncoder
     batch: Mapping[str, Array]
-    dropout_key: Key[Array, ""] | None = None
+    dropout: Shaped[Array, "N ..."] | None = None
     pair_scores: PairScoresConfig = field(default_factory=PairScoresConfig)
     ring: tuple[int, ...] | None = None
     """Order in which the pair scores' texts visit the devices of the mesh, see ops.plan."""
+    encoded: Encoded | None = None
+    """What the towers have made of this batch elsewhere; None: they go through it here."""
 
     @cached_property
     def images(self) -> TowerOutput:
         """Image tokens [N, ...]."""
-        return self.model.encode_images(self.batch["image"], self.dropout_key)
+        if self.encoded is not None:
+            return self.encoded.images
+        return self.model.encode_images(self.batch["image"], self.dropout)
 
     @cached_property
     def texts(self) -> TextSide:
         """The J = N*C caption slots, image by image."""
+        if self.encoded is not None:
+            return self.encoded.texts
         tokens, mask = self.batch["text"], self.batch["text_mask"]
         return self.model.text_side(tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1]))
 

@@ -71,7 +71,11 @@ def even(total: int, most: int) -> int:
 
 def block_bytes() -> int:
     """Temporaries that one block may take on the devices in use."""
+    return _BLOCK_BYTES.get(platform(), _BLOCK_BYTES_ACCELERATOR)
+
+
+def platform() -> str:
+    """Kind of the devices in use: cpu, gpu or tpu."""
     # What is compiled ahead of time for another machine has that machine's devices in its mesh.
     device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    return _BLOCK_BYTES.get(platform, _BLOCK_BYTES_ACCELERATOR)
+    return jax.default_backend() if device is None else device.platform

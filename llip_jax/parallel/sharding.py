@@ -6,11 +6,13 @@ parameters in use (gathered over ``fsdp``). The gather before use is written in 
 compiler, which otherwise may move whole activations instead.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -74,8 +76,25 @@ def by_rows(function: Callable[[Array, Array], Array], rows: Array, shared: Arra
 
 
 def in_use(parameter: nnx.Param, dtype: Any) -> Array:
-    """A parameter as computation needs it: cast to the compute type, then gathered over ``fsdp``."""
-    return _pin(parameter[...].astype(dtype), parameter.get_metadata()["axes"], IN_USE)
+    """A parameter as computation needs it: cast to the compute type, then gathered over ``fsdp``.
+
+    Its gradient goes the other way: summed over devices and divided among them at once (a reduce-scatter), then cast to
+    the parameter's type. This is ZeRO-3 (arXiv 1910.02054) where the mesh has an axis ``fsdp``.
+    """
+    return _gathered(parameter[...], tuple(parameter.get_metadata()["axes"]), dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x: Array, axes: Axes, dtype: Any) -> Array:
+    return _pin(x.astype(dtype), axes, IN_USE)
+
+
+def _scattered(axes: Axes, dtype: Any, like: Array, gradient: Array) -> tuple[Array]:
+    # Left to itself, the gradient of a pin is pinned alike: summed whole on every device, and only then divided.
+    return (_pin(gradient, axes, AT_REST).astype(like.dtype),)
+
+
+_gathered.defvjp(lambda x, axes, dtype: (_gathered(x, axes, dtype), jnp.empty(0, x.dtype)), _scattered)
 
 
 def _pin(x: Array, axes: Axes, rules: Rules) -> Array:
