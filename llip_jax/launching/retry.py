@@ -1,0 +1,68 @@
+"""A run on slices that may be taken back at any time: again and again until it is done."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llip_jax.command_line import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_FINISHED, EXIT_STOPPED
+from llip_jax.launching.pod import Ended, Pod, SliceLost
+from llip_jax.launching.queued_resources import Request
+from llip_jax.launching.shell import CommandFailed
+
+_SHORT_S, _LONG_S = 30.0, 600.0
+_LASTING_S = 3600.0
+"""A session this long has got somewhere: failures before it no longer count."""
+
+
+def run_until_done(
+    pod: Pod,
+    request: Request,
+    root: Path,
+    storage: str,
+    words: Sequence[str],
+    failures: int,
+    clock: Callable[[], float] = time.monotonic,
+) -> int:
+    """Creates the slice, sets it up, trains; after a pre-emption with a new slice, after a failure on the same one.
+
+    Args:
+        pod: the slice.
+        request: what to ask for.
+        root: of the repository.
+        storage: where the run directory lies.
+        words: flags of launch/train.py.
+        failures: failures in a row after which to give up. Pre-emptions and training that was told to stop are none.
+        clock: for tests.
+
+    Returns:
+        Exit code of the training: 0, 2, 75 where ``stop`` was called, or that of the last failure.
+    """
+    failed = 0
+    while True:
+        began = clock()
+        try:
+            pod.create(request)
+            pod.wait()
+            pod.setup(root, storage)
+            pod.start(words)
+            ended = pod.watch()
+            print(f"training ended with exit code {ended.code}", flush=True)
+        except SliceLost as lost:
+            print(f"{lost}: going on with a new slice", flush=True)
+            pod.delete()
+            # FAILED is no pre-emption: the request itself may be at fault.
+            ended = Ended(EXIT_FAILED if lost.state == "FAILED" else EXIT_STOPPED, asked=False)
+        except CommandFailed as error:
+            print(f"error: {error}", flush=True)
+            ended = Ended(EXIT_FAILED, asked=False)
+        if ended.code in (EXIT_FINISHED, EXIT_BAD_INPUT) or ended.asked:
+            return ended.code
+        if ended.code == EXIT_STOPPED or clock() - began > _LASTING_S:
+            failed = 0
+        failed += ended.code != EXIT_STOPPED
+        if failed == failures:
+            print(f"gave up after {failed} failures in a row", flush=True)
+            return ended.code
+        delay = min(_SHORT_S * 2 ** max(failed - 1, 0), _LONG_S)
+        print(f"trying again in {delay:.0f} s", flush=True)
+        pod.sleep(delay)
