@@ -1,11 +1,19 @@
 """What the programs under launch/ share: ``--config.FIELD=VALUE`` words, and errors turned into exit codes."""
 
+import multiprocessing
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from llip_jax.config import ConfigError
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 75
+
+
+class RunFailed(Exception):
+    """A run cannot go on, for a reason that the message tells."""
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -29,9 +37,29 @@ def run(main: Callable[[list[str]], int]) -> int:
     """
     try:
         return main(sys.argv[1:])
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+    except (ConfigError, RunFailed) as error:
+        code, text = explain(error)
+        print(text, file=sys.stderr)
+        return code
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and text of an error: its message where it explains itself, else its traceback."""
+    if isinstance(error, ConfigError):
+        return EXIT_BAD_INPUT, f"error: {error}"
+    if isinstance(error, RunFailed):
+        return EXIT_FAILED, f"error: {error}"
+    return EXIT_FAILED, "".join(traceback.format_exception(error)).rstrip()
+
+
+def end_process(code: int, text: str = "") -> NoReturn:
+    """Ends this process and its data workers from any thread, whatever the others are in, without any clean-up."""
+    try:
+        if text:
+            print(text, file=sys.stderr)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)

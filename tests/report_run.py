@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from llip_jax.config import ToyWorldConfig, resolve, to_dict
 from llip_jax.data.toyworld import ToyWorld
 from llip_jax.evaluation.figures import Outcome, figures_of, intervals, save_outcomes
+from llip_jax.sessions import FILE, Session
 
 STEPS = (250, 500)
 _PIXELS = 32
@@ -42,6 +44,7 @@ def write_run(workdir: Path, seed: int = 0, images: int = 24, hostile: str = "")
     (workdir / "config.json").write_text(json.dumps(to_dict(resolve(config))))
     (workdir / "model.txt").write_text("pooler/key  [128, 4, 16]\n\nparameters: 914,178 (0.003 GiB in float32)\n")
     (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in _metrics(rng)))
+    (workdir / FILE).write_text("".join(json.dumps(asdict(session)) + "\n" for session in _sessions(rng)))
     names = [world[i].name + hostile for i in range(images)]
     digests = [f"{i:032x}" for i in range(images)]
     early, late = (_outcomes(rng, images, skill) for skill in (0.5, 1))
@@ -80,6 +83,39 @@ def _metrics(rng: np.random.Generator) -> list[dict[str, Any]]:
             }
         )
     return lines
+
+
+def _sessions(rng: np.random.Generator) -> list[Session]:
+    """The first is killed at step 270 and goes on from 250."""
+    sessions, began = [], 1.75e9
+    for first, last, end in ((0, 270, None), (250, STEPS[-1], "finished")):
+        training_s = (last - first) * rng.uniform(0.18, 0.2)
+        seconds = {
+            "start": 4.2,
+            "compile": 6.8,
+            "save": 1.1,
+            "evaluation": 5.3,
+            "other": 0.7,
+            "restore": 1.6 * (first > 0),
+        }
+        seconds |= {"step": 0.97 * training_s, "data": 0.03 * training_s}
+        seen = began + sum(seconds.values())
+        sessions.append(
+            Session(
+                began=began,
+                seen=seen,
+                batch_size=64,
+                first=first,
+                last=last,
+                steps=last - first,
+                seconds=seconds,
+                ideal_step_s=0.08,
+                peak_bytes=3 * 2**30,
+                end=end,
+            )
+        )
+        began = seen + 30
+    return sessions
 
 
 def _outcomes(rng: np.random.Generator, images: int, skill: float) -> dict[str, Outcome]:

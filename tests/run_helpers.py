@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -79,13 +80,28 @@ def run(
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> subprocess.CompletedProcess[str]:
     """A Python command in the repository's root with simulated devices; its exit code and what it printed."""
+    # A signal that kills gives a negative exit code; the caller judges all of them.
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=_environment(devices, keep_compilations, environment),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def _environment(devices: int, keep_compilations: bool, more: Mapping[str, str]) -> dict[str, str]:
     settings = {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
+        # Threads in which simulated devices wait for each other.
+        "NPROC": str(max(2 * devices, os.cpu_count() or 1)),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         # Halves the time; a run and its continuation agree at any level.
         "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        **environment,
+        **more,
     }
     if keep_compilations:
         settings |= {
@@ -93,16 +109,7 @@ def run(
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         }
-    # A signal that kills gives a negative exit code; the caller judges all of them.
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=os.environ | settings,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return os.environ | settings
 
 
 def train(
@@ -113,9 +120,67 @@ def train(
     **options: Any,
 ) -> subprocess.CompletedProcess[str]:
     """launch/train.py on TINY with ``fields`` changed. ``hook`` is Python that runs in the process beforehand."""
+    return run(_train_command(workdir, fields, hook), **options)
+
+
+def _train_command(workdir: Path, fields: Mapping[str, Any], hook: str) -> list[str]:
     program = ["-c", _WITH_HOOK.format(hook=hook)] if hook else ["launch/train.py"]
-    command = [*program, "--config", str(DEMO), "--workdir", str(workdir), *words(TINY | dict(fields))]
-    return run(command, **options)
+    return [*program, "--config", str(DEMO), "--workdir", str(workdir), *words(TINY | dict(fields))]
+
+
+def start_processes(
+    command: Sequence[str], processes: int, devices: int, environment: Mapping[str, str] = MappingProxyType({})
+) -> list[subprocess.Popen[str]]:
+    """A Python command in several processes, each with so many devices, and its words --coordinator and so on."""
+    address = f"127.0.0.1:{free_port()}"
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, *command, "--coordinator", address),
+                *("--processes", str(processes), "--process", str(index)),
+            ],
+            cwd=ROOT,
+            env=_environment(devices, True, environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(processes)
+    ]
+
+
+def ended(started: Sequence[subprocess.Popen[str]], timeout: float = 240.0) -> list[subprocess.CompletedProcess[str]]:
+    """Waits for processes; their exit codes and what they printed. One that does not end in time is an error."""
+
+    def wait(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+        out, err = process.communicate(timeout=timeout)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    try:
+        with ThreadPoolExecutor(len(started)) as threads:
+            return list(threads.map(wait, started))
+    finally:
+        for process in started:
+            process.kill()
+
+
+def train_on_processes(
+    workdir: Path,
+    fields: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    processes: int = 2,
+    devices: int = 4,
+    hook: str = "",
+) -> list[subprocess.CompletedProcess[str]]:
+    """As :func:`train`, by several processes with so many devices each; in ``hook``, ``sys.argv[-1]`` says which."""
+    return ended(start_processes(_train_command(workdir, fields, hook), processes, devices))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def call_on_devices(function: Callable[[], Any], devices: int) -> Any:
@@ -138,9 +203,7 @@ print("RESULT" + json.dumps(m.{name}()))
 
 def call_on_processes(function: Callable[[], Any], processes: int, devices: int) -> list[Any]:
     """What a function of a test module returns in each of several processes, each with so many devices, on one mesh."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     code = _PROCESS.format(
         devices=devices, processes=processes, module=function.__module__, name=getattr(function, "__name__", "")
     )

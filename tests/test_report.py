@@ -25,6 +25,7 @@ from llip_jax.report.figures import tables
 from llip_jax.report.pairing import pair, pairings
 from llip_jax.report.plots import Series, lines
 from llip_jax.report.run_files import read_run
+from llip_jax.sessions import read_sessions, summary
 
 HOSTILE = "</title></style><script>window.stolen = 1</script><img src=x onerror='window.stolen = 1'>\"$x$ {{ 7 * 7 }}"
 _LOOK = """() => ({
@@ -181,6 +182,7 @@ def test_an_earlier_evaluation_can_be_shown_and_one_that_is_not_there_is_named(r
         ("eval/500/exhibits.json", ["retrieval", "classification", "maps", "words"]),
         ("metrics.jsonl", []),
         ("model.txt", []),
+        ("sessions.jsonl", ["time"]),
         ("eval/500.npz", []),
         ("eval", ["figures", "retrieval", "classification", "maps", "words", "diagnostics", "groups", "left-out"]),
     ],
@@ -225,6 +227,8 @@ def test_a_metrics_line_cut_off_by_a_kill_does_not_count_and_a_damaged_one_is_na
     [
         ("config.json", lambda text: text[:40], r"config\.json"),
         ("eval/500.json", lambda text: text[:40], r"500\.json"),
+        ("sessions.jsonl", lambda text: text[:-4], r"sessions\.jsonl:2: expected a session"),
+        ("sessions.jsonl", lambda text: text.replace('"save"', '"<b>"'), r"sessions\.jsonl:1: .* seconds: <b>"),
         ("eval/500.json", lambda text: text.replace('"queries"', '"queries": "many", "x"', 1), r"500\.json: groups"),
         (
             "eval/500.json",
@@ -517,6 +521,32 @@ def test_many_lines_of_metrics_are_thinned_evenly_and_the_last_is_kept(run: Path
     steps = [line["step"] for line in read_run(run).metrics]
     assert 1500 < len(steps) < 4100 and steps[0] == 1 and steps[-1] == count
     assert len(set(np.diff(steps[:-1]).tolist())) == 1
+
+
+def test_the_time_of_all_sessions_is_shown_as_one_bar_and_a_table(run: Path) -> None:
+    figures = summary(read_sessions(run / "sessions.jsonl"))
+    section = write_report(run).read_text().partition('id="time"')[2].partition("</section>")[0]
+    shares = re.findall(r'<i class="on-(\w+)" style="flex-grow:([\d.]+)">', section)
+    assert {phase: float(share) * figures.total_s for phase, share in shares} == pytest.approx(
+        dict(figures.seconds), abs=1e-3
+    )
+    assert sum(float(share) for _, share in shares) == pytest.approx(1, abs=1e-5)
+    assert re.findall(r'class="swatch on-(\w+)"', section) == [phase for phase, _ in shares]
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", section)).replace("\u202f", " ")
+    assert "Sessions 2 (1 restart: 1 killed)" in text and "Steps done again 20" in text
+    assert f"Goodput {100 * figures.goodput:.1f} %" in text and "Between sessions 30.0 s" in text
+    assert "unknown" not in text
+
+
+def test_pauses_of_unknown_length_and_sessions_without_steps_are_told(run: Path) -> None:
+    lines = [{"began": began, "seen": began + 1, "batch_size": 8, "seconds": {"start": 1}} for began in (100, 90, 80)]
+    (run / "sessions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    section = write_report(run).read_text().partition('id="time"')[2].partition("</section>")[0]
+    assert "2 pauses between sessions of unknown length" in section
+    assert "MFU" not in section and "Images a second" not in section
+    lines[0]["seconds"] = {}
+    (run / "sessions.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    assert 'id="time"' not in write_report(run).read_text()
 
 
 def test_the_contents_name_further_sets(run: Path) -> None:

@@ -87,14 +87,14 @@ def test_a_run_stopped_in_every_way_equals_one_never_stopped(tmp_path: Path) -> 
     killed = train(run, hook=KILL_WHILE_SAVING.format(event="rename", step=4))
     assert killed.returncode == -signal.SIGKILL
     assert unfinished(run) == ["4.orbax-checkpoint-tmp"], "the kill must have torn a checkpoint"
-    assert complete(run) == [2]
+    assert complete(run) == [2, 3], "an evaluation begins with a save"
 
     stopped = train(run, hook=SIGNAL_IN_STEP.format(step=5, signal="SIGTERM"))
     assert stopped.returncode == 75, stopped.stderr
-    assert "going on from step 2" in stopped.stdout
+    assert "going on from step 3" in stopped.stdout
     assert "stopped by SIGTERM after step 5" in stopped.stdout
     assert unfinished(run) == []
-    assert complete(run) == [2, 4, 5]
+    assert complete(run) == [3, 4, 5]
 
     stopped = train(run, hook=SIGNAL_IN_EVALUATION.format(evaluation=1))
     assert stopped.returncode == 75, stopped.stderr

@@ -15,12 +15,12 @@ from llip_jax.config import CheckpointConfig, ConfigError, MeshConfig
 from llip_jax.data.pipeline import build_tokenizer, train_batches
 from llip_jax.data.sources import build_source
 from llip_jax.parallel.mesh import batch_shards, make_mesh
-from llip_jax.parallel.sharding import AT_REST, batch_sharding, constrain, partition_spec
+from llip_jax.parallel.sharding import AT_REST, constrain, partition_spec
 from llip_jax.training import loop
 from llip_jax.training.checkpoints import Checkpoints, Progress
 from llip_jax.training.optimizer import make_optimizer
 from llip_jax.training.state import init_state, state_spec
-from llip_jax.training.step import DEVICE_COLUMNS, make_train_step
+from llip_jax.training.step import DEVICE_COLUMNS, make_train_step, steering, step_inputs
 
 STEPS = 20
 MESHES = {
@@ -63,7 +63,7 @@ def train_on_meshes() -> dict[str, Any]:
     for name, sizes in MESHES.items():
         mesh = make_mesh(sizes, jax.devices()[: 1 if name == "one" else 8])
         with jax.set_mesh(mesh):
-            spec = state_spec(config, optimizer, mesh)
+            spec, inputs = state_spec(config, optimizer, mesh), step_inputs(config, mesh)
             step = loop.compile_step(make_train_step(config, spec, optimizer), config, spec, mesh)
             # Born on the first and the most divided mesh; moved to the others, which saves compiling.
             born = first is None or name == "data2_fsdp2_tensor2"
@@ -73,14 +73,15 @@ def train_on_meshes() -> dict[str, Any]:
             losses, donated = [], True
             for batch in batches:
                 before = state
-                columns = {column: jax.device_put(batch[column], batch_sharding(mesh)) for column in DEVICE_COLUMNS}
+                columns = {name: batch[name] for name in DEVICE_COLUMNS} | steering(config.train.batch_size)
+                columns = {name: jax.device_put(x, inputs[name].sharding) for name, x in columns.items()}
                 state, metrics = step(state, columns)
                 losses.append(float(metrics["loss"]))
                 donated &= all(x.is_deleted() for x in jax.tree.leaves(before))
             if first is None:
                 first, last = start, jax.device_get(state)
                 checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig())
-                checkpoints.save(state, Progress(1, 2.0, 3, "data"))
+                checkpoints.save(state, Progress(1, 2.0, {"unreadable": 3}, "data"))
                 checkpoints.wait()
             saved = Checkpoints(folder / "checkpoints", CheckpointConfig(), read_only=True)
             restored, progress = saved.restore(STEPS, spec.abstract)
@@ -213,7 +214,7 @@ def test_weights_are_gathered_before_use() -> None:
 def test_checkpoint_of_one_device_is_restored_on_any_mesh(mesh: str) -> None:
     assert results()[mesh]["restored_equal"]
     assert results()[mesh]["restored_as_specified"]
-    assert results()[mesh]["progress"] == [1, 2.0, 3, "data"]
+    assert results()[mesh]["progress"] == [1, 2.0, {"unreadable": 3}, "data", 0, [], 0]
 
 
 @pytest.mark.parametrize(

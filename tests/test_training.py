@@ -22,7 +22,7 @@ from llip_jax.training.flops import train_step_flops
 from llip_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from llip_jax.training.preemption import Stopped, StopRequest
 from llip_jax.training.state import TrainState, state_spec
-from llip_jax.training.step import make_train_step, stream_key
+from llip_jax.training.step import make_train_step, steering, stream_key
 
 ALL_FIELDS = {
     "step",
@@ -38,6 +38,7 @@ ALL_FIELDS = {
     "logit_bias",
     "replaced_samples",
     "replaced_by_reason",
+    "skipped_updates",
     "sample_hash",
 }
 
@@ -47,7 +48,7 @@ ALL_FIELDS = {
 def test_run_directory_has_the_documented_contents() -> None:
     workdir = finished_run()
     names = {path.name for path in workdir.iterdir()}
-    files = {"config.json", "data.json", "model.txt", "metrics.jsonl", "tokenizer.json"}
+    files = {"config.json", "data.json", "model.txt", "metrics.jsonl", "sessions.jsonl", "tokenizer.json"}
     assert names == files | {"tensorboard", "checkpoints", "eval"}
     assert resolve(json.loads((workdir / "config.json").read_text())) == tiny_config()
     assert {path.name for path in (workdir / "eval").iterdir()} == {"3.json", "6.json", "8.json"}
@@ -228,6 +229,7 @@ def test_logit_scale_stops_at_100_or_where_it_began() -> None:
             "image_group": jnp.zeros(16, jnp.int32),
             "text_group": jnp.zeros((16, 1), jnp.int32),
             "replaced": jnp.zeros(16, jnp.int32),
+            **steering(16),
         }
         step = jax.jit(make_train_step(config, spec, optimizer))
         for first, last in ((99.9, 100.0), (117.3, 117.3)):

@@ -9,6 +9,8 @@ import errno
 import hashlib
 import itertools
 import logging
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -317,9 +319,26 @@ def train_batches(
         if not flags.FLAGS.is_parsed():  # Grain reads its flags to start workers; outside of absl.app nobody parses.
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=config.prefetch_batches)
+            grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=config.prefetch_batches),
+            worker_init_fn=_begin_worker,
         )
     return iter(batches)
+
+
+def _begin_worker(index: int, count: int) -> None:
+    """Signals to a whole group of processes are the main process's business: the batches of its last steps still come.
+
+    A worker whose parent was killed would run for ever.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def eval_blocks(

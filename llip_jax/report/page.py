@@ -13,6 +13,7 @@ from llip_jax.report.exhibits import read_exhibits
 from llip_jax.report.figures import HEADLINES, Table, headlines, label, number, rows, tables
 from llip_jax.report.html import Section, write_page
 from llip_jax.report.run_files import Run, read_run
+from llip_jax.report.time_use import time_use
 
 _MODELS = {"average": "learned average of tokens", "registers": "class token with registers", "class_token": "CLIP"}
 
@@ -80,6 +81,13 @@ def write_report(workdir: Path, step: int | None = None) -> Path:
             {run.name: run},
             "Loss should fall and flatten, the other curves stay calm: a spike in the gradient norm or time spent "
             "waiting for data is worth a look.",
+        ),
+        Section(
+            "time",
+            "Time",
+            "Where the time of all sessions went, and that between them. Goodput is the share that went into steps "
+            "whose result was kept; whatever else takes much is worth a look.",
+            time_use(run.sessions),
         ),
         Section(
             "retrieval",

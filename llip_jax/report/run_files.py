@@ -9,6 +9,7 @@ import pydantic
 from typing_extensions import TypedDict
 
 from llip_jax.config import Config, ConfigError, resolve
+from llip_jax.sessions import FILE, Session, read_sessions
 
 _T = TypeVar("_T")
 _LINES = 4000
@@ -67,6 +68,7 @@ class Run(NamedTuple):
     parameters: str
     evaluations: Mapping[int, Mapping[str, Any]]
     step: int | None
+    sessions: Sequence[Session] = ()
     shown_as: str = ""
 
     @property
@@ -116,6 +118,7 @@ def read_run(workdir: Path, step: int | None = None) -> Run:
         (_text(workdir / "model.txt") or "").strip(),
         {done: parsed(_RESULTS, workdir / "eval" / f"{done}.json") for done in steps},
         steps[-1] if step is None and steps else step,
+        read_sessions(workdir / FILE),
     )
 
 

@@ -1,17 +1,33 @@
-"""Orbax checkpoints: state, data position and elapsed time, written while training goes on."""
+"""Orbax checkpoints: state and progress, written while training goes on, and checked when they are read."""
 
+import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from llip_jax.config import CheckpointConfig, ConfigError
+from llip_jax.parallel import processes
+from llip_jax.training.digest import leaf_types, state_digest
 from llip_jax.training.paths import Params, by_path, merged, part
 from llip_jax.training.state import TrainState
+
+_T = TypeVar("_T")
+
+
+class Damaged(ConfigError):
+    """A checkpoint that does not read back as it was written."""
+
+
+class SaveFailed(OSError):
+    """A checkpoint could not be written. Those before it are as they were."""
 
 
 class Progress(NamedTuple):
@@ -21,20 +37,45 @@ class Progress(NamedTuple):
     elapsed_s: seconds of training so far, over all restarts.
     replaced: samples so far that others stood in for, by what was wrong with them.
     data_fingerprint: of the training data and the tokenizer.
+    shift: batches that rewinds have passed over; the batch of step s is number s + shift.
+    losses: those that later ones are compared with, newest last.
+    skipped: updates left out.
     """
 
     examples_seen: int
     elapsed_s: float
     replaced: dict[str, int]
     data_fingerprint: str
+    shift: int = 0
+    losses: tuple[float, ...] = ()
+    skipped: int = 0
+
+
+_BEFORE_DIGESTS = {"examples_seen", "elapsed_s", "replaced", "data_fingerprint"}
+"""Fields of the progress of checkpoints that were written without check values."""
+
+
+class _Saved(NamedTuple):
+    """What a checkpoint says of itself.
+
+    types: of its state's arrays, 'params/a/b' -> 'float32[2, 3]'.
+    digests: their digests by the same paths; None: it is too old to have any.
+    """
+
+    progress: Progress
+    types: dict[str, str]
+    digests: dict[str, str] | None
 
 
 class Checkpoints:
-    """Numbered checkpoints in one directory. A checkpoint appears under its number only once it is complete."""
+    """Numbered checkpoints in one directory. A checkpoint appears under its number only once it is complete.
+
+    All processes of a run make the same calls in the same order.
+    """
 
     def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
-        # Named here so that the tree of a checkpoint can be read before anything is saved or restored.
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+        self._directory = directory.absolute()
+        logging.getLogger("absl").addFilter(_no_traceback_of_orbax)
         with _without_warnings() if read_only else nullcontext():  # that reading is all it does
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=config.keep,
@@ -44,41 +85,110 @@ class Checkpoints:
                 read_only=read_only,
                 create=not read_only,
             )
-            self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """Step of the newest checkpoint that is complete or being written."""
         return self._manager.latest_step()
 
     @property
     def steps(self) -> list[int]:
-        """Steps of all complete checkpoints."""
+        """Steps of all complete checkpoints, and of the one being written."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, progress: Progress) -> None:
         """Starts writing, unless this step is saved already.
 
         Returns once the state is copied, so that the next step may reuse its memory.
+
+        Raises:
+            SaveFailed: this checkpoint cannot be written, or the one before it, which was still being written, has
+                failed; then this one has been started all the same.
         """
         step = int(state.step)
         if step == self.latest:
             return
+        earlier = self._outcome()
+        self._check_writable(step)
+        content = {
+            **progress._asdict(),
+            "types": leaf_types(state._asdict()),
+            "digests": state_digest(state._asdict()),
+        }
         items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state._asdict()), progress=ocp.args.JsonSave(progress._asdict())
+            state=ocp.args.PyTreeSave(state._asdict()),
+            progress=ocp.args.JsonSave({**content, "check": _check_value(content)}),
         )
-        self._manager.save(step, args=items)
+        try:
+            self._manager.save(step, args=items)
+        except Exception as error:
+            # With several processes the others wait for this one inside Orbax, and only the end of all helps.
+            if jax.process_count() > 1:
+                raise
+            self._discard_torn()
+            raise _save_failed(step, self._directory, _reason(error)) from error
+        if earlier is not None:
+            raise earlier
+
+    def wait(self) -> None:
+        """Returns once everything asked for is on disk.
+
+        Raises:
+            SaveFailed: the checkpoint that was being written is not.
+        """
+        failure = self._outcome()
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Waits until everything asked for is on disk; call :meth:`wait` before it to learn whether it is.
+
+        May be called by one process alone, as after an error.
+        """
+        with suppress(Exception):  # told by wait(), and perhaps by what this call is cleaning up after
+            self._manager.wait_until_finished()
+        self._manager.close()
+
+    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, Progress, list[str]] | None:
+        """State and progress of the newest whole checkpoint, and notes for people; None where there are none.
+
+        Damaged checkpoints that are newer than that are moved to ``damaged/`` beside the directory, as the notes say.
+
+        Raises:
+            ConfigError: all checkpoints are damaged (none is moved then), damaged ones cannot be moved, or the newest
+                whole one is of another tree than ``abstract``.
+        """
+        failure = self._outcome()
+        damaged: dict[int, str] = {}
+        for step in reversed(processes.same(self.steps)):
+            try:
+                saved = self._saved(step)
+                state = self._restore(step, abstract, saved)
+            except Damaged as error:
+                damaged[step] = str(error)  # not the error itself, whose traceback holds the arrays
+                continue
+            notes = [] if failure is None else [str(failure)]
+            notes += [f"{text}; moved to {self._set_aside(number)}" for number, text in damaged.items()]
+            if saved.digests is None:
+                notes.append(f"checkpoint {step} is of a version that wrote no check values: not verified")
+            return state, saved.progress, notes
+        if damaged:
+            raise ConfigError(
+                f"no checkpoint in {self._directory} can be used. Put a good copy there, or use a new run directory:\n"
+                + "\n".join(f"  {text}" for text in damaged.values())
+            )
+        return None
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, Progress]:
         """State and progress, on the shardings of ``abstract`` (which may be another mesh than it was saved from).
 
         Raises:
+            Damaged: the checkpoint does not read back as it was written.
             ConfigError: the checkpoint's tree differs from ``abstract``; every difference is listed.
         """
-        self.check(step, abstract._asdict())
-        items = ocp.args.Composite(state=_restore_as(abstract._asdict()), progress=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
-        return TrainState(**restored["state"]), Progress(**restored["progress"])
+        saved = self._saved(step)
+        return self._restore(step, abstract, saved), saved.progress
 
     def restore_params(self, step: int, abstract: Params) -> Params:
         """The parameters that evaluation uses: averaged ones where the checkpoint has them.
@@ -86,39 +196,138 @@ class Checkpoints:
         Raises as :meth:`restore`.
         """
         saved = self._saved(step)
-        self._refuse_difference(step, {"params": saved["params"]}, {"params": abstract})
-        averaged = by_path(saved.get("ema", {})).keys()
+        parameters = {path: text for path, text in saved.types.items() if path.startswith("params/")}
+        self._refuse_difference(step, parameters, {"params": abstract})
+        averaged = {path.removeprefix("ema/") for path in saved.types if path.startswith("ema/")}
         wanted = {
             "params": part(abstract, by_path(abstract).keys() - averaged),
             "ema": part(abstract, averaged),
         }
-        args = ocp.args.Composite(state=_restore_as({name: tree for name, tree in wanted.items() if tree}))
-        restored = self._manager.restore(step, args=args)["state"]
+        restored = self._read(step, {name: tree for name, tree in wanted.items() if tree}, saved)
         return merged(restored.get("params", {}), restored.get("ema", {}))
 
-    def wait(self) -> None:
-        """Returns once everything asked for is on disk."""
-        self._manager.wait_until_finished()
+    def check_newest(self, abstract: TrainState) -> None:
+        """Raises ConfigError where the newest checkpoint holds another tree than ``abstract``; reads no array.
 
-    def close(self) -> None:
-        """Waits until everything asked for is on disk."""
-        self._manager.close()
+        A damaged checkpoint is none; :meth:`restore_newest` tells.
+        """
+        for step in reversed(processes.same(self.steps)):
+            with suppress(Damaged):
+                return self._refuse_difference(step, self._saved(step).types, abstract._asdict())
 
-    def check(self, step: int, wanted: dict[str, Any]) -> None:
-        """Raises ConfigError unless the checkpoint holds ``wanted``, a state's parts by name; reads no array."""
-        self._refuse_difference(step, self._saved(step), wanted)
+    def _outcome(self) -> SaveFailed | None:
+        """Waits for the save under way; what went wrong with it, in every process if in one."""
+        failed, reason = self._manager.latest_step(), ""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # TensorStore's are of any kind
+            reason = _reason(error)
+        if not processes.any_of(bool(reason)):
+            return None
+        self._discard_torn()
+        return _save_failed(failed, self._directory, reason or "another process failed")
 
-    def _saved(self, step: int) -> dict[str, Any]:
-        """Shapes and types of a checkpoint's state."""
-        return dict(self._manager.item_metadata(step)["state"].items())
+    def _discard_torn(self) -> None:
+        """Frees the space of what a failed save has left, and forgets the save."""
+        if jax.process_index() == 0:
+            # Its other threads go on writing for a moment, and what they miss they create again.
+            for _ in range(20):
+                torn = list(self._directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"))
+                for path in torn:
+                    shutil.rmtree(path, ignore_errors=True)
+                if not torn:
+                    break
+                time.sleep(0.1)
+        if self._directory.is_dir():  # It may come back with all that was in it.
+            self._manager.reload()
 
-    def _refuse_difference(self, step: int, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-        lines = tree_difference(saved, wanted)
+    def _check_writable(self, step: int) -> None:
+        """Raises SaveFailed in every process before Orbax would fail in the first and wait for ever in the others."""
+        reason = ""
+        if jax.process_index() == 0:
+            probe = self._directory / ".write_test"
+            try:
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                reason = _reason(error)
+        if reason := processes.same(reason):
+            raise _save_failed(step, self._directory, reason)
+
+    def _set_aside(self, step: int) -> str:
+        """Moves a checkpoint out of the way; where to."""
+        place, number, reason = self._directory.parent / "damaged" / str(step), 1, ""
+        if jax.process_index() == 0:
+            while place.exists():
+                place, number = place.with_name(f"{step}-{number}"), number + 1
+            try:
+                place.parent.mkdir(exist_ok=True)
+                (self._directory / str(step)).rename(place)
+            except OSError as error:
+                reason = _reason(error)
+        moved, reason = processes.same([str(place), reason])
+        if reason:
+            raise ConfigError(f"checkpoint {step} is damaged and cannot be moved to {moved}: {reason}")
+        self._manager.reload()
+        return moved
+
+    def _saved(self, step: int) -> _Saved:
+        folder = self._manager.directory / str(step)
+
+        def read() -> _Saved:
+            content = ocp.JsonCheckpointHandler().restore(folder / "progress")
+            if content.keys() == _BEFORE_DIGESTS:
+                arrays = ocp.PyTreeCheckpointHandler().metadata(folder / "state").tree
+                return _Saved(Progress(**content), leaf_types(arrays), None)
+            if content.pop("check") != _check_value(content):
+                raise ValueError("its progress has changed since it was written")
+            types, digests = content.pop("types"), content.pop("digests")
+            return _Saved(Progress(**{**content, "losses": tuple(content["losses"])}), types, digests)
+
+        return self._in_all_processes(step, read)
+
+    def _restore(self, step: int, abstract: TrainState, saved: _Saved) -> TrainState:
+        self._refuse_difference(step, saved.types, abstract._asdict())
+        return TrainState(**self._read(step, abstract._asdict(), saved))
+
+    def _read(self, step: int, wanted: dict[str, Any], saved: _Saved) -> dict[str, Any]:
+        """The arrays of ``wanted``, which are checked against their digests where there are any."""
+        folder = self._manager.directory / str(step) / "state"
+        # The handler itself, as a manager would have the processes wait for one that fails.
+        handler, args = ocp.PyTreeCheckpointHandler(), _restore_as(wanted)
+
+        def read() -> dict[str, Any]:
+            restored = handler.restore(folder, args=args)
+            if not all(isinstance(x, jax.Array) for x in jax.tree.leaves(restored)):
+                raise ValueError("arrays are missing")
+            return restored
+
+        restored = self._in_all_processes(step, read)
+        if saved.digests is not None:
+            found = state_digest(restored)
+            changed = sorted(path for path in found if found[path] != saved.digests[path])
+            if changed:
+                more = f" and {len(changed) - 1} more arrays" if len(changed) > 1 else ""
+                raise Damaged(f"checkpoint {step} is damaged: {changed[0]}{more} changed since it was written")
+        return restored
+
+    def _in_all_processes(self, step: int, read: Callable[[], _T]) -> _T:
+        """What ``read`` returns. Raises Damaged in all processes where it fails in one, so that they stay together."""
+        reason = ""
+        try:
+            result = read()
+        except Exception as error:  # JSON, Orbax, TensorStore and the file system have errors of their own
+            reason = _reason(error)
+        if processes.any_of(bool(reason)):
+            raise Damaged(f"checkpoint {step} is damaged: {reason or 'another process cannot read it'}")
+        return result
+
+    def _refuse_difference(self, step: int, saved: Mapping[str, str], wanted: dict[str, Any]) -> None:
+        lines = _differences(saved, leaf_types(wanted))
         if lines:
             shown = [*lines[:20], f"... and {len(lines) - 20} more"] if len(lines) > 20 else lines
             raise ConfigError(
-                f"checkpoint {step} in {self._manager.directory} was made by another configuration:\n"
-                + "\n".join(shown)
+                f"checkpoint {step} in {self._directory} was made by another configuration:\n" + "\n".join(shown)
             )
 
 
@@ -133,6 +342,11 @@ def _without_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _no_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs one failed save in every thread and layer it passes; SaveFailed says it once."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
 def _restore_as(abstract: dict[str, Any]) -> ocp.args.PyTreeRestore:
     """Onto the shardings of ``abstract``, which Orbax ignores unless told twice; what it leaves out is not read."""
     return ocp.args.PyTreeRestore(
@@ -140,9 +354,24 @@ def _restore_as(abstract: dict[str, Any]) -> ocp.args.PyTreeRestore:
     )
 
 
-def tree_difference(saved: Any, wanted: Any) -> list[str]:
-    """Leaves that only one tree has, or whose shape or type differ, one line each."""
-    old, new = _leaves(saved), _leaves(wanted)
+def _check_value(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _save_failed(step: int | None, directory: Path, reason: str) -> SaveFailed:
+    return SaveFailed(f"checkpoint {step} cannot be written to {directory}: {reason}")
+
+
+def _reason(error: Exception) -> str:
+    """One line, never empty. TensorStore begins with what it was doing and ends with the cause."""
+    while isinstance(error.__context__, Exception):  # What followed, such as waiting in vain for a process that failed.
+        error = error.__context__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
+
+
+def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """Arrays that only one tree has, or whose shape or type differ, one line each."""
     lines = [f"  only in the checkpoint:    {path} {old[path]}" for path in sorted(old.keys() - new.keys())]
     lines += [f"  only in the configuration: {path} {new[path]}" for path in sorted(new.keys() - old.keys())]
     lines += [
@@ -151,9 +380,3 @@ def tree_difference(saved: Any, wanted: Any) -> list[str]:
         if old[path] != new[path]
     ]
     return lines
-
-
-def _leaves(tree: Any) -> dict[str, str]:
-    """'a/b/c' -> 'float32[2, 3]'. Tuples and named tuples read back from disk as dicts: only the names count."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}" for path, x in flat}

@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import jax
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -23,10 +24,13 @@ class MetricsWriter:
     """Appends one object a logged step to metrics.jsonl, and the same to TensorBoard.
 
     start_step: lines of later steps, left by a run that died after its last checkpoint, are dropped, so that the file
-    holds every step once.
+    holds every step once. ``workdir`` is None in all processes but the first, which write nothing.
     """
 
-    def __init__(self, workdir: Path, start_step: int):
+    def __init__(self, workdir: Path | None, start_step: int):
+        self._file: TextIO | None = None
+        if workdir is None:
+            return
         self._path = workdir / "metrics.jsonl"
         self._keep_until(start_step)
         self._file = self._path.open("a")
@@ -34,18 +38,24 @@ class MetricsWriter:
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line; None becomes null."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         self.scalars(step, values)
 
     def scalars(self, step: int, values: Mapping[str, Any], prefix: str = "") -> None:
         """Numbers for TensorBoard only."""
+        if self._file is None:
+            return
         for name, value in values.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._tensorboard.add_scalar(prefix + name, value, step)
 
     def close(self) -> None:
         """Flushes both."""
+        if self._file is None:
+            return
         self._file.close()
         self._tensorboard.close()
 
@@ -66,10 +76,11 @@ class MetricsWriter:
 
 
 def progress_bar(total: int, initial: int, unit: str, label: str, *, keep: bool = True, delay: float = 0) -> Any:
-    """A bar on standard error with rate and time left; every ten seconds only where that is no terminal."""
+    """The first process's bar on standard error, with rate and time left; every ten seconds if that is no terminal."""
     interactive = sys.stderr.isatty()
     return tqdm(
         total=total,
+        disable=jax.process_index() != 0,
         initial=initial,
         unit=unit,
         desc=label,

@@ -73,7 +73,9 @@ _DATA = pydantic.TypeAdapter(dict[str, dict[str, str]])
 
 
 def prepare(workdir: Path, config: Config) -> None:
-    """Creates the run directory or checks that this configuration may go on with the run in it.
+    """Creates the run directory or checks that this configuration may go on with the run in it; for one process.
+
+    Says what else has changed since the run was last started.
 
     Raises:
         ConfigError: the directory cannot be written, or holds a run that differs in FIXED_FIELDS.
@@ -93,11 +95,12 @@ def prepare(workdir: Path, config: Config) -> None:
             if path.absolute() != Path(config.data.tokenizer.name).absolute():
                 path.unlink(missing_ok=True)
     else:
-        lines = [
-            line
-            for line in differences(read_config(workdir), config)
-            if _within(line, FIXED_FIELDS) and not _within(line, FREE_FIELDS)
-        ]
+        changes = differences(read_config(workdir), config)
+        lines = [line for line in changes if _within(line, FIXED_FIELDS) and not _within(line, FREE_FIELDS)]
+        if changes and not lines:
+            print("changed since the run was last started:\n" + "\n".join(f"  {line}" for line in changes))
+            if any(_within(line, ("train.steps", "optimizer")) for line in changes):
+                print("  (the learning rate follows the new schedule from here on)")
         if lines:
             raise ConfigError(
                 f"--workdir: {workdir} holds a run that cannot go on with another configuration of its data or its "
