@@ -166,5 +166,5 @@ def test_too_many_updates_left_out_in_a_row_stop_the_run() -> None:
     for step, values in enumerate([kept, kept, metrics(), kept, kept], start=1):
         recorder.add(step, values, 0, 0)
     recorder.add(6, kept, 0, 0)
-    with pytest.raises(Diverged, match="step 6: .* 3 in a row"):
+    with pytest.raises(Diverged, match=r"step 6: .* 3 in a row"):
         recorder.flush()

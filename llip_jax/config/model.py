@@ -111,6 +111,6 @@ class ModelConfig:
     """What the backward pass recomputes: nothing, all but matrix products, the same with those products kept in the
     host's memory, or each layer."""
     attention: Literal["xla", "kernel"] = "xla"
-    """How the towers attend: by XLA, or on TPUs by our kernels, which keep the weights on the chip (ops/attention.py)."""
+    """How the towers attend: by XLA, or on TPUs by kernels that keep the weights on the chip (ops/attention.py)."""
     scan_layers: bool | Literal["auto"] = "auto"
     """Compile one layer and loop over depth. 'auto': loop on accelerators, unroll on CPU (faster steps there)."""

@@ -60,7 +60,7 @@ class TrainConfig:
     batch_size: int = Field(default=256, ge=2)
     """Images a step over all devices and processes (the global batch)."""
     microbatches: int = Field(default=1, ge=1)
-    """Pieces in which the towers go through a batch, to save memory; every image still meets every text of the batch."""
+    """Pieces in which the towers go through a batch, to save memory; every image still meets every text."""
     steps: int = Field(default=1000, ge=0)
     log_every_steps: int = Field(default=10, ge=1)
     frozen: tuple[str, ...] = ()
@@ -135,8 +135,8 @@ class FaultsConfig:
     """What a run does about numbers that are wrong, and how long it waits for what does not come."""
 
     not_finite: Literal["stop", "skip", "rewind"] = "stop"
-    """Where loss or gradient is not finite: stop the run, leave out that update, or go back to the newest checkpoint and
-    on from there without the batches up to and with this one."""
+    """Where loss or gradient is not finite: stop the run, leave out that update, or go back to the newest checkpoint
+    and on from there without the batches up to and with this one."""
     spike: Literal["log", "skip", "rewind", "stop"] = "log"
     """The same for a loss above ``spike_factor`` times the median of the last ``spike_window`` losses."""
     spike_factor: float | None = Field(default=None, gt=1)
