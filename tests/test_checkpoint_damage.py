@@ -20,7 +20,7 @@ from run_helpers import call_on_devices, call_on_processes, temporary_folder
 from llip_jax.config import CheckpointConfig, ConfigError
 from llip_jax.parallel import processes
 from llip_jax.training.checkpoints import Checkpoints, Damaged, Progress
-from llip_jax.training.digest import _digest, state_digest
+from llip_jax.training.digest import digest, state_digest
 from llip_jax.training.state import TrainState
 
 PROGRESS = Progress(32, 1.5, {"not_an_image": 3}, "data", 2, (0.1, float("nan"), 1e-30))
@@ -273,16 +273,16 @@ def test_a_changed_element_or_two_exchanged_ones_change_the_digest() -> None:
     # Powers of two and zeros are where weights that are linear in the position would miss an exchange.
     x = np.zeros((64, 1024), np.float32)
     x[::2, ::256], x[1::2, ::256] = 1, 2
-    digest = int(_digest(x))
+    digest = int(digest(x))
     flat = x.reshape(-1)
     for _ in range(300):
         i, j = CHANCE.sample(range(0, flat.size, 256), 2)
         changed = flat.copy()
         changed[i], changed[j] = flat[j], flat[i]
-        assert (int(_digest(changed.reshape(x.shape))) != digest) == (flat[i] != flat[j]), (i, j)
+        assert (int(digest(changed.reshape(x.shape))) != digest) == (flat[i] != flat[j]), (i, j)
         changed = flat.copy()
         changed.view(np.uint32)[CHANCE.randrange(flat.size)] ^= 1 << CHANCE.randrange(32)
-        assert int(_digest(changed.reshape(x.shape))) != digest
+        assert int(digest(changed.reshape(x.shape))) != digest
 
 
 DIVISIONS: dict[str, tuple[tuple[int, int, int], PartitionSpec]] = {

@@ -107,9 +107,9 @@ class ModelConfig:
     """Initial b; None: no bias; 'prior': log(p / (1 - p)) with p = 1 / global batch."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute type; parameters stay float32. 'auto': float32 on CPU, bfloat16 on accelerators."""
-    remat: Literal["none", "dots", "offload", "layer"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, the same with those products kept in the
-    host's memory, or each layer."""
+    remat: Literal["none", "dots", "layer", "offload"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or each layer. 'offload': each layer too,
+    from inputs that wait in the host's memory."""
     attention: Literal["xla", "kernel"] = "xla"
     """How the towers attend: by XLA, or on TPUs by kernels that keep the weights on the chip (ops/attention.py)."""
     scan_layers: bool | Literal["auto"] = "auto"

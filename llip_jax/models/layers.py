@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from llip_jax.models.sizes import TowerShape
@@ -21,10 +22,17 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
 }
 
+LAYER_INPUT = "layer_input"
+
 # What the forward pass keeps for the backward pass.
 REMAT_POLICIES: dict[str, Any] = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "layer": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -199,7 +207,7 @@ class Transformer(nnx.Module):
         weighted: WeightedTokens | None = None,
         attend: Implementation = "xla",
         dtype: Any,
-        remat: Literal["none", "dots", "offload", "layer"],
+        remat: Literal["none", "dots", "layer", "offload"],
         scan: bool,
         rngs: nnx.Rngs,
     ):
@@ -216,7 +224,7 @@ class Transformer(nnx.Module):
         graph, stacked = nnx.split(self.blocks)
 
         def layer(x: Array, params: nnx.State) -> Array:
-            return nnx.merge(graph, params)(x)
+            return nnx.merge(graph, params)(checkpoint_name(x, LAYER_INPUT))
 
         if self.remat != "none":
             # Inside a scan the loop itself keeps the recomputation from being merged with the forward pass.

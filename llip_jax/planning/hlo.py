@@ -267,6 +267,15 @@ class _Reader:
 
     def moved(self, computation: Computation, instruction: Instruction) -> list[tuple[int, int]]:
         """(memory space, bytes) of everything that an instruction reads and writes."""
+        if instruction.opcode in ("dynamic-slice-start", "dynamic-update-slice-start"):
+            whole = computation.operand(instruction, 0).results[0]
+            if instruction.opcode == "dynamic-slice-start":
+                piece = instruction.results[len(instruction.operands)]
+            else:
+                piece = computation.operand(instruction, 1).results[0]
+            return [(whole.space, piece.bytes), (piece.space, piece.bytes)]
+        if (instruction.attribute("custom_call_target") or "").strip('"') == "AllocateBuffer":
+            return []
         read = []
         for position, name in enumerate(instruction.operands):
             arrays = computation.instructions[name].results
