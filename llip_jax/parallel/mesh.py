@@ -3,6 +3,7 @@
 import math
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from llip_jax.config import ConfigError, MeshConfig
@@ -28,7 +29,12 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         raise ConfigError(
             f"mesh: {asked} does not fill {len(devices)} device(s); set one axis to -1 to take what is left"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # 2 x 128 on a slice of 16 x 16 chips splits one of its sides; without leave TPUs but v5e refuse.
+    return Mesh(
+        mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True),
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
+    )
 
 
 def neighbour_ring(mesh: Mesh) -> tuple[int, ...] | None:
