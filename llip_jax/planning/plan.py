@@ -137,7 +137,7 @@ def plan(config: Config, target: Target, hlo: Path | None = None) -> Plan:
     if target.platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             f"--topology: {target.name} needs the TPU's compiler, libtpu, which runs without a TPU: "
-            "pip install -e '.[plan]'"
+            "pip install -e '.[tpu]'"
         )
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "answer.json"
