@@ -95,7 +95,8 @@ def interrupted(workdir: Path, reference: Path, number: signal.Signals, times: i
         shutil.rmtree(workdir, ignore_errors=True)
         while True:
             processes = rng.choice((2, 4))
-            command = _train_command(workdir, MESH | {"faults.process_s": 10.0}, "")
+            faults = {"faults.process_s": 10.0, "faults.start_s": 150.0, "faults.step_s": 100.0}
+            command = _train_command(workdir, MESH | faults, "")
             begun = time.monotonic()
             started = start_processes(command, processes, 8 // processes)
             victim, moment = rng.randrange(processes), rng.uniform(2, 60)
@@ -125,7 +126,7 @@ def interrupted(workdir: Path, reference: Path, number: signal.Signals, times: i
             elif codes == [0] * processes:
                 break
             else:
-                raise AssertionError(f"ended with {codes} by itself: {done[0].stderr[-3000:]}")
+                raise AssertionError(f"ended with {codes} by itself: {[process.stderr[-3000:] for process in done]}")
         assert [line["step"] for line in numbers(workdir)] == list(range(1, TINY["train.steps"] + 1))
         assert_same_run(workdir, reference)
 
