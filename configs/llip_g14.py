@@ -17,4 +17,4 @@ from recipe import paper
 def get_config(variant: str | None = None) -> ConfigDict:
     """The configuration."""
     # The widths, 1664 and 1280, divide by no more than 128.
-    return paper("G/14", variant, learning_rate=4e-4, beta2=0.95, mesh={"data": -1, "fsdp": 128})
+    return paper("G/14", variant, learning_rate=4e-4, beta2=0.95, mesh={"data": -1, "fsdp": -1, "fsdp_limit": 128})

@@ -36,8 +36,8 @@ def paper(size: str, variant: str | None, *, learning_rate: float, beta2: float,
             "beta2": beta2,
         },
         "data": {"source": "folder", "workers": 16, "threads": 2, "prefetch_batches": 2},
-        "checkpoint": {"every_steps": 2000, "keep_every_steps": 50_000},
+        "checkpoint": {"every_steps": 2000, "every_minutes": 10.0, "keep_every_steps": 50_000},
         "eval": {"every_steps": 10_000},
-        "mesh": {"data": 1, "fsdp": -1},
+        "mesh": {"data": -1, "fsdp": -1, "fsdp_limit": 256},
     }
     return with_variant(config | sections, variant)

@@ -102,8 +102,11 @@ def test_whole_numbers_are_numbers() -> None:
         ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate: nan is not valid"),
         ({"objective": {"sigmoid": None}}, "expected at least one term (sigmoid, softmax)"),
         ({"objective": {"softmax": {"weight": 0}}}, "objective.softmax.weight: 0 is not valid"),
-        ({"mesh": {"data": 0}}, "expected positive sizes and at most one -1, got data, fsdp, tensor = (0, 1, 1)"),
-        ({"mesh": {"data": -1, "fsdp": -1}}, "at most one -1"),
+        (
+            {"mesh": {"data": 0}},
+            "expected positive sizes, and -1 for one of them or for data and fsdp, got data, fsdp, tensor = (0, 1, 1)",
+        ),
+        ({"mesh": {"data": -1, "tensor": -1}}, "-1 for one of them or for data and fsdp"),
         ({"seed": object()}, "expected numbers, strings, tuples, booleans and None"),
     ],
 )

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import mesh_utils
 from jax.sharding import PartitionSpec
-from run_helpers import call_on_devices, temporary_folder, tiny_config
+from run_helpers import call_on_devices, run, temporary_folder, tiny_config, words
 
 from llip_jax.config import CheckpointConfig, ConfigError, MeshConfig
 from llip_jax.data.pipeline import build_tokenizer, train_batches
@@ -249,6 +250,30 @@ def test_mesh_takes_what_is_left() -> None:
     assert results()["fsdp8"]["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
     assert results()["data2_fsdp2_tensor2"]["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
     assert batch_shards(make_mesh(MeshConfig())) == jax.device_count()
+
+
+@pytest.mark.parametrize(
+    ("devices", "tensor", "limit", "expected"),
+    [(256, 1, 128, (2, 128, 1)), (256, 1, 256, (1, 256, 1)), (384, 1, 128, (3, 128, 1)), (1, 1, 128, (1, 1, 1)),
+     (64, 4, 128, (1, 16, 4))],
+)  # fmt: skip
+def test_fsdp_takes_what_divides_its_limit_and_data_the_rest(
+    devices: int, tensor: int, limit: int, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(mesh_utils, "create_device_mesh", lambda sizes, *_, **__: asked.append(tuple(sizes)))
+    monkeypatch.setattr("llip_jax.parallel.mesh.Mesh", lambda *_, **__: None)
+    make_mesh(MeshConfig(data=-1, fsdp=-1, tensor=tensor, fsdp_limit=limit), [jax.devices()[0]] * devices)
+    assert asked == [expected]
+
+
+def test_parameters_that_stay_whole_are_refused_with_the_mesh_that_would_do() -> None:
+    fields = {"model.vision.width": 1028, "model.vision.heads": 4, "mesh.data": 1, "mesh.fsdp": 8}
+    done = run(["launch/train.py", "--config", "configs/llip_b16.py", "--check", *words(fields)], devices=8)
+    assert done.returncode == 2
+    assert "mesh.fsdp=8 does not divide the towers' widths, 1028 and 512, so that 67% of the parameters" in done.stderr
+    assert "the largest vision/transformer/blocks/qkv [12, 1028, 3, 4, 257]" in done.stderr
+    assert "Expected mesh.fsdp=4 and mesh.data=2" in done.stderr
 
 
 @pytest.mark.parametrize("sizes", [MeshConfig(data=2), MeshConfig(data=-1, fsdp=3), MeshConfig(data=1, tensor=2)])

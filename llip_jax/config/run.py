@@ -254,17 +254,21 @@ class EvalConfig(ClassesConfig):
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 (one axis at most) takes what the others leave."""
+    """Devices along each mesh axis; -1 (one axis, or data and fsdp) takes what the others leave."""
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    fsdp_limit: int = Field(default=256, ge=1)
+    """With data and fsdp -1: fsdp takes as many as divide this, which divides the towers' widths, and data the rest."""
 
     @model_validator(mode="after")
     def _sizes(self) -> "MeshConfig":
         sizes = (self.data, self.fsdp, self.tensor)
-        if any(n == 0 or n < -1 for n in sizes) or sizes.count(-1) > 1:
-            raise ValueError(f"expected positive sizes and at most one -1, got data, fsdp, tensor = {sizes}")
+        if any(n == 0 or n < -1 for n in sizes) or (sizes.count(-1) > 1 and self.tensor == -1):
+            raise ValueError(
+                f"expected positive sizes, and -1 for one of them or for data and fsdp, got data, fsdp, tensor = {sizes}"
+            )
         return self
 
 

@@ -21,6 +21,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
+    if (config.data, config.fsdp) == (-1, -1) and len(devices) % config.tensor == 0:
+        sizes[1] = math.gcd(len(devices) // config.tensor, config.fsdp_limit)
     fixed = math.prod(n for n in sizes if n != -1)
     if -1 in sizes and len(devices) % fixed == 0:
         sizes[sizes.index(-1)] = len(devices) // fixed

@@ -41,7 +41,7 @@ def check_divided(config: Config, state: TrainState, mesh: Mesh) -> None:
     if devices == 1:
         return
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
-    whole = [(path, x) for path, x in leaves if not any(x.sharding.spec)]
+    whole = [(path, x) for path, x in leaves if x.sharding.shard_shape(x.shape) == x.shape]
     total, replicated = (sum(x.size for _, x in some) for some in (leaves, whole))
     if replicated <= max(REPLICATED_SHARE * total, _FEW):
         return

@@ -124,7 +124,7 @@ class Trainer:
                 self._recorder.flush()
                 stopping = not self._evaluate(step, state, writer)
             if stopping or last:
-                self._finish_saving()
+                self._finish_saving(step)
                 if last and not stopping:
                     return EXIT_FINISHED
                 saved = "saved, the same command goes on" if step > 0 else "nothing to save"
@@ -188,13 +188,15 @@ class Trainer:
             print(f"\nwarning: {error}. Training goes on; the earlier checkpoints are as they were", file=sys.stderr)
         self._saved_at = self.clock()
 
-    def _finish_saving(self) -> None:
+    def _finish_saving(self, step: int) -> None:
         self._beat("the last checkpoint")
         try:
             with self.goodput.phase("save"):
                 self.checkpoints.wait()
         except SaveFailed as error:
             raise RunFailed(str(error)) from error
+        if step > 0 and self.checkpoints.latest != step:
+            raise RunFailed(f"step {step} could not be saved; the newest checkpoint is {self.checkpoints.latest}")
 
     def _rewound(self, rewind: Rewind, progress: Progress) -> tuple[TrainState, Progress]:
         """The newest checkpoint, to go on from without the batches up to and with the bad one."""
