@@ -120,10 +120,10 @@ def train(
     **options: Any,
 ) -> subprocess.CompletedProcess[str]:
     """launch/train.py on TINY with ``fields`` changed. ``hook`` is Python that runs in the process beforehand."""
-    return run(_train_command(workdir, fields, hook), **options)
+    return run(train_command(workdir, fields, hook), **options)
 
 
-def _train_command(workdir: Path, fields: Mapping[str, Any], hook: str) -> list[str]:
+def train_command(workdir: Path, fields: Mapping[str, Any], hook: str) -> list[str]:
     program = ["-c", _WITH_HOOK.format(hook=hook)] if hook else ["launch/train.py"]
     return [*program, "--config", str(DEMO), "--workdir", str(workdir), *words(TINY | dict(fields))]
 
@@ -173,7 +173,7 @@ def train_on_processes(
     hook: str = "",
 ) -> list[subprocess.CompletedProcess[str]]:
     """As :func:`train`, by several processes with so many devices each; in ``hook``, ``sys.argv[-1]`` says which."""
-    return ended(start_processes(_train_command(workdir, fields, hook), processes, devices))
+    return ended(start_processes(train_command(workdir, fields, hook), processes, devices))
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""Attention by kernels (interpreted here) and by XLA, against float64 NumPy; and whether a TPU's compiler takes them."""
+"""Attention by kernels (interpreted here) and by XLA against float64 NumPy, and whether a TPU's compiler takes them."""
 
 import importlib.util
 import math

@@ -267,7 +267,7 @@ class MeshConfig:
         sizes = (self.data, self.fsdp, self.tensor)
         if any(n == 0 or n < -1 for n in sizes) or (sizes.count(-1) > 1 and self.tensor == -1):
             raise ValueError(
-                f"expected positive sizes, and -1 for one of them or for data and fsdp, got data, fsdp, tensor = {sizes}"
+                f"expected positive sizes, -1 for one of them or for data and fsdp, got data, fsdp, tensor = {sizes}"
             )
         return self
 
