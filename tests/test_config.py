@@ -82,7 +82,7 @@ def test_whole_numbers_are_numbers() -> None:
         ({"train": {"batchsize": 3}}, "train.batchsize: no such field. Did you mean 'batch_size'?"),
         ({"objective": {"softmx": {}}}, "objective.softmx: no such field. Did you mean 'softmax'?"),
         ({"objective": {"sigmoid": {"wait": 1}}}, "objective.sigmoid.wait: no such field. Did you mean 'weight'?"),
-        ({"mesh": {"qqqq": 1}}, "mesh.qqqq: no such field. Valid names: data, fsdp, tensor, fsdp_limit."),
+        ({"mesh": {"qqqq": 1}}, "mesh.qqqq: no such field. Valid names: data, fsdp, fsdp_limit, tensor."),
         ({"train": {"steps": "many"}}, "train.steps: 'many' is not valid"),
         ({"train": {"steps": 2.5}}, "train.steps: 2.5 is not valid"),
         ({"train": {"steps": True}}, "train.steps: True is not valid"),

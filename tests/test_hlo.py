@@ -257,6 +257,25 @@ def test_copies_between_memories_count_on_the_side_of_main_memory_and_those_to_t
 # Exchanges
 
 
+def test_a_layer_that_goes_to_the_host_or_comes_back_counts_alone() -> None:
+    text = program(
+        """
+        %kept = bf16[48,16,256]{2,1,0:T(8,128)(2,1)S(5)} parameter(0)
+        %x = bf16[1,16,256]{2,1,0:T(8,128)(2,1)} parameter(1)
+        %i = s32[] parameter(2)
+        %out = ((bf16[48,16,256]{2,1,0:T(8,128)(2,1)S(5)}, bf16[1,16,256]{2,1,0:T(8,128)(2,1)}, s32[], s32[], s32[]), bf16[48,16,256]{2,1,0:T(8,128)(2,1)S(5)}, u32[]) dynamic-update-slice-start(%kept, %x, %i, %i, %i)
+        %done = bf16[48,16,256]{2,1,0:T(8,128)(2,1)S(5)} dynamic-update-slice-done(%out)
+        %back = ((bf16[48,16,256]{2,1,0:T(8,128)(2,1)S(5)}, s32[], s32[], s32[]), bf16[1,16,256]{2,1,0:T(8,128)(2,1)}, u32[]) dynamic-slice-start(%done, %i, %i, %i), dynamic_slice_sizes={1,16,256}
+        ROOT %layer = bf16[1,16,256]{2,1,0:T(8,128)(2,1)} dynamic-slice-done(%back)
+        """  # noqa: E501
+    )
+    layer = 16 * 256 * 2
+    for name in ("out", "back"):
+        cost = only(text, name)
+        assert (cost.host_bytes, cost.hbm_bytes) == (layer, layer)
+    assert program_costs(text).host_bytes == 2 * layer
+
+
 @pytest.mark.parametrize(
     ("groups", "size"),
     [

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from run_helpers import train_command, ended, metrics, start_processes, train, train_on_processes
+from run_helpers import ended, metrics, start_processes, train, train_command, train_on_processes
 from test_resume import assert_same_run
 
 MESH = {"mesh.data": 2, "mesh.fsdp": 4}
