@@ -1,7 +1,8 @@
 """What a run will take, before it starts: python launch/plan.py --config configs/llip_g14.py --topology v5e:16x16
 
-Compiles the exact training step with the TPU's own compiler, on any machine; opens no data. Exit codes: 0 it fits (or
-nobody knows), 1 it does not, 2 bad configuration or input.
+Compiles the exact training step with the TPU's own compiler, on any machine; opens no data but to fill in what a
+configuration with init.from leaves out. Exit codes: 0 it fits (or nobody knows), 1 it does not, 2 bad configuration or
+input.
 """
 
 import os
@@ -21,6 +22,7 @@ from llip_jax.planning.search import search
 from llip_jax.planning.table import ranking, table
 from llip_jax.planning.target import parse_target
 from llip_jax.training.metrics import progress_bar
+from llip_jax.training.start import completed
 
 
 def main(argv: list[str]) -> int:
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--hlo", type=Path, metavar="FILE", help="write the compiled program's text")
     words, overrides = split_overrides(argv)
     args = parser.parse_args(words)
-    config, target = resolve(read(args.config, overrides)), parse_target(args.topology)
+    config, target = resolve(completed(read(args.config, overrides), None)), parse_target(args.topology)
     if args.search is None:
         best = plan(config, target, args.hlo)
     else:

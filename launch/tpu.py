@@ -87,6 +87,7 @@ def _run(pod: Pod, words: list[str]) -> int:
 
 def _run_until_done(pod: Pod, args: argparse.Namespace, words: list[str]) -> int:
     request, storage = _request(args), _storage(args.storage)
+    pod.state()  # Google that does not answer is waited for later, but not here: one may have to log in
     try:
         code = run_until_done(pod, request, _ROOT, storage, words, args.failures)
     except Exception:  # but Ctrl-C: someone is there to decide

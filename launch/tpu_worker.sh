@@ -3,6 +3,7 @@
 #   setup URL      packages, and URL (gs://BUCKET or nfs://HOST/SHARE) mounted
 #   start WORDS    launch/train.py WORDS as a service: it outlives the connection, and gets SIGTERM when the host goes down
 #   poll           lines of the log since the last poll, and the state of the training
+#   state          the latter alone: the lines stay for the next poll
 #   stop           SIGTERM to the training, and wait until it has saved
 #   logs, status   for people
 set -euo pipefail
@@ -83,6 +84,10 @@ start() {
 poll() {
   sudo journalctl --unit="$unit" --output=cat --quiet --no-pager --cursor-file="$cursor" | tail -n 1000 || true
   echo "== state =="
+  state
+}
+
+state() {
   systemctl show "$unit" --property=SubState --property=ExecMainCode --property=ExecMainStatus
   if [ -e "$stopped" ]; then
     echo "Stopped=yes"
@@ -97,7 +102,7 @@ stop() {
 action="$1"
 shift
 case "$action" in
-  setup | start | poll | stop) "$action" "$@" ;;
+  setup | start | poll | state | stop) "$action" "$@" ;;
   logs) sudo journalctl --unit="$unit" --output=cat --lines=200 "$@" ;;
   status) systemctl status "$unit" --no-pager --lines=20 || true ;;
   *)

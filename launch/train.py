@@ -13,6 +13,7 @@ from pathlib import Path
 from llip_jax.command_line import run, split_overrides
 from llip_jax.config import ConfigError, resolve
 from llip_jax.config_files import read
+from llip_jax.training.preemption import StopRequest
 
 
 def main(argv: list[str]) -> int:
@@ -30,6 +31,12 @@ def main(argv: list[str]) -> int:
     several.add_argument("--process", type=int, metavar="I", help="which one this is: 0 to N - 1")
     words, overrides = split_overrides(argv)
     args = parser.parse_args(words)
+    with StopRequest() as stop:
+        stop.begin()
+        return _run(args, overrides, stop)
+
+
+def _run(args: argparse.Namespace, overrides: list[str], stop: StopRequest) -> int:
     # Here, as data workers import this file too: they need no jax.
     from llip_jax.parallel.processes import ErrorBoard, ProcessFlags, start
     from llip_jax.training.loop import check, train
@@ -47,7 +54,7 @@ def main(argv: list[str]) -> int:
             return 0
         if args.workdir is None:
             raise ConfigError("--workdir: expected a directory for the run")
-        return train(config, args.workdir, profile=profile)
+        return train(config, args.workdir, profile=profile, stop=stop)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Checkpoints that are not what was written: the one before is used, or the run says why it cannot go on."""
 
+import errno
 import os
 import random
 import shutil
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +19,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from run_helpers import call_on_devices, call_on_processes, temporary_folder
 
+from llip_jax.command_line import RunFailed
 from llip_jax.config import CheckpointConfig, ConfigError
 from llip_jax.parallel import processes
 from llip_jax.training.checkpoints import Checkpoints, Damaged, Progress
@@ -54,8 +57,15 @@ def equal(one: Any, other: Any) -> bool:
     return same and jax.tree.structure(one) == jax.tree.structure(other)
 
 
-def open_in(folder: Path) -> Checkpoints:
-    return Checkpoints(folder / "checkpoints", CheckpointConfig())
+def open_in(folder: Path, *, keep: int = 3, every: int = 1000, keep_every: int | None = None) -> Checkpoints:
+    config = CheckpointConfig(keep=keep, every_steps=every, keep_every_steps=keep_every)
+    return Checkpoints(folder / "checkpoints", config, sleep=lambda _: None)
+
+
+def save(checkpoints: Checkpoints, *steps: int) -> None:
+    for step in steps:
+        checkpoints.save(state_of(step), PROGRESS)
+    checkpoints.wait()
 
 
 @cache
@@ -63,9 +73,7 @@ def run_with_two() -> Path:
     """Checkpoints 1 and 2, not to be changed."""
     folder = temporary_folder()
     checkpoints = open_in(folder)
-    for step in (1, 2):
-        checkpoints.save(state_of(step), PROGRESS)
-    checkpoints.wait()
+    save(checkpoints, 1, 2)
     checkpoints.close()
     return folder
 
@@ -250,6 +258,114 @@ def test_progress_that_lacks_a_field_is_damaged_not_old(tmp_path: Path, field: s
     assert check_outcome(with_damage(tmp_path / "run", "progress/metadata", renamed), field) == 1
 
 
+# Files that cannot be read for the moment.
+
+
+@contextmanager
+def failing_reads(error: Exception, times: int, part: str = "/2/") -> Iterator[None]:
+    """The first reads of arrays under a path with ``part`` raise ``error``."""
+    left, restore = [error] * times, ocp.PyTreeCheckpointHandler.restore
+
+    def failing(handler: Any, path: Any, *arguments: Any, **options: Any) -> Any:
+        if part in str(path) and left:
+            raise left.pop()
+        return restore(handler, path, *arguments, **options)
+
+    with mock.patch.object(ocp.PyTreeCheckpointHandler, "restore", failing):
+        yield
+
+
+READ_ERRORS = [
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    OSError(errno.EHOSTUNREACH, "No route to host"),
+    MemoryError("out of memory"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", READ_ERRORS, ids=str)
+def test_an_error_of_the_way_to_a_checkpoint_moves_nothing(tmp_path: Path, error: Exception) -> None:
+    folder = shutil.copytree(run_with_two(), tmp_path / "run")
+    checkpoints = open_in(folder)
+    with failing_reads(error, 2):
+        found = checkpoints.restore_newest(abstract_of(state_of(1)))
+    assert found is not None and int(found[0].step) == 2 and found[2] == [], "it passes by itself"
+    for refused in (checkpoints.restore_newest, partial(checkpoints.rewind, every=1)):
+        with failing_reads(error, 100), pytest.raises(RunFailed, match="checkpoint 2 in .* cannot be read and is left"):
+            refused(abstract_of(state_of(1)))
+    checkpoints.close()
+    assert not (folder / "damaged").exists()
+    assert checkpoints.steps == [1, 2]
+
+
+def test_an_error_that_only_tensorstore_names_is_looked_into(tmp_path: Path) -> None:
+    """Its errors are of one kind; reading the files says whose fault it is."""
+    folder = shutil.copytree(run_with_two(), tmp_path / "run")
+    checkpoints = open_in(folder)
+    with failing_reads(ValueError("DATA_LOSS"), 100):
+        opened = mock.patch.object(Path, "open", side_effect=OSError(errno.EIO, "Input/output error"))
+        with opened, pytest.raises(RunFailed, match="cannot be read"):
+            checkpoints.restore_newest(abstract_of(state_of(1)))
+        assert not (folder / "damaged").exists()
+        found = checkpoints.restore_newest(abstract_of(state_of(1)))
+    checkpoints.close()
+    assert found is not None and int(found[0].step) == 1
+    assert (folder / "damaged" / "2").exists()
+
+
+def test_a_checkpoint_that_is_missing_is_looked_for_again(tmp_path: Path) -> None:
+    folder = shutil.copytree(run_with_two(), tmp_path / "run")
+    newest, elsewhere, pauses = folder / "checkpoints" / "2", folder / "elsewhere", []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if seconds and elsewhere.exists():
+            elsewhere.rename(newest)
+
+    checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), sleep=sleep)
+    newest.rename(elsewhere)
+    found = checkpoints.restore_newest(abstract_of(state_of(1)))
+    checkpoints.close()
+    assert found is not None and int(found[0].step) == 2
+    assert sum(pauses) > 0
+
+
+# Going back, and what is kept for it.
+
+
+def test_going_back_is_to_a_multiple_and_removes_what_came_after(tmp_path: Path) -> None:
+    checkpoints = open_in(tmp_path, keep=9)
+    save(checkpoints, 3, 4, 8, 9, 11)
+    found = checkpoints.rewind(abstract_of(state_of(1)), 4)
+    assert found is not None and equal(found[0], state_of(8)) and repr(found[1]) == repr(PROGRESS) and found[2] == []
+    assert checkpoints.steps == [3, 4, 8]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4", "8"]
+    save(checkpoints, 9)
+    assert equal(checkpoints.restore(9, abstract_of(state_of(1)))[0], state_of(9))
+    (tmp_path / "checkpoints" / "8" / "progress" / "metadata").write_text("{}")
+    found = checkpoints.rewind(abstract_of(state_of(1)), 4)
+    assert found is not None and int(found[0].step) == 4 and found[2][0].startswith("checkpoint 8 is damaged: ")
+    assert checkpoints.steps == [3, 4]
+    assert checkpoints.rewind(abstract_of(state_of(1)), 5) is None
+    assert checkpoints.steps == [3, 4], "where there is nothing to go back to, nothing is removed"
+    checkpoints.close()
+
+
+def test_the_newest_multiple_is_kept_however_often_a_run_saves_besides(tmp_path: Path) -> None:
+    checkpoints = open_in(tmp_path, keep=2, every=4, keep_every=6)
+    kept = {}
+    for step in (1, 4, 5, 6, 7, 8, 9, 10, 11, 13):
+        save(checkpoints, step)
+        kept[step] = checkpoints.steps
+        assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == checkpoints.steps
+    checkpoints.close()
+    assert kept == {
+        **{1: [1], 4: [1, 4], 5: [4, 5], 6: [4, 5, 6], 7: [4, 6, 7], 8: [6, 7, 8]},
+        **{9: [6, 8, 9], 10: [6, 8, 9, 10], 11: [6, 8, 10, 11], 13: [6, 8, 11, 13]},
+    }
+
+
 # Digests.
 
 
@@ -346,16 +462,22 @@ def restore_with_damage() -> list[Any]:
     assert found is not None
     results += [int(found[0].step), found[2], checkpoints.steps, state_digest(found[0]._asdict())]
 
-    def unreadable(handler: Any, path: Any, *arguments: Any, **options: Any) -> Any:
-        if jax.process_index() == 1 and "/2/" in str(path):
-            raise OSError("no route to host")
-        return restore(handler, path, *arguments, **options)
-
-    restore = ocp.PyTreeCheckpointHandler.restore
-    with mock.patch.object(ocp.PyTreeCheckpointHandler, "restore", unreadable):
-        found = checkpoints.restore_newest(abstract)
+    for times in (2, 100):
+        with failing_reads(OSError("no route to host"), times if jax.process_index() == 1 else 0):
+            try:
+                found = checkpoints.restore_newest(abstract)
+                assert found is not None
+                results.append(int(found[0].step))
+            except RunFailed as error:
+                results.append(str(error))
+    found = checkpoints.rewind(abstract, 3)
+    results += [found, checkpoints.steps]
+    found = checkpoints.rewind(abstract, 1)
     assert found is not None
-    results += [int(found[0].step), found[2], checkpoints.steps]
+    checkpoints.save(state_on_all(4), PROGRESS)
+    found = checkpoints.rewind(abstract, 2)
+    assert found is not None
+    results += [int(found[0].step), checkpoints.steps]
     checkpoints.close()
     return results
 
@@ -369,10 +491,54 @@ def test_processes_agree_on_what_is_damaged_and_restore_on_another_number(
         assert step == 2 and steps == [1, 2]
         assert len(notes) == 1 and notes[0].startswith("checkpoint 3 is damaged")
         assert digests == state_digest(state_of(2)._asdict())
+    place = tmp_path / "checkpoints"
     for result, reason in ((first, "another process cannot read it"), (second, "no route to host")):
-        place = tmp_path / "damaged" / "2"
-        assert result[4:] == [1, [f"checkpoint 2 is damaged: {reason}; moved to {place}"], [1]]
+        refused = f"checkpoint 2 in {place} cannot be read and is left as it is: {reason}"
+        assert result[4:] == [2, refused, None, [1, 2], 4, [1, 2, 4]]
     checkpoints = open_in(tmp_path)
     found = checkpoints.restore_newest(abstract_of(state_of(1)))
     checkpoints.close()
-    assert found is not None and equal(found[0], state_of(1))
+    assert found is not None and equal(found[0], state_of(4))
+
+
+def with_stale_listings() -> list[Any]:
+    """In each of two processes, of which one sees a directory as it was: steps, and what saving one again comes to."""
+    folder, stale, results = Path(os.environ["SHARED_FOLDER"]), int(os.environ["STALE_PROCESS"]), []
+    checkpoints = open_in(folder)
+    for step in (1, 2):
+        checkpoints.save(state_on_all(step), PROGRESS)
+    checkpoints.wait()
+    checkpoints.close()
+    listed = ocp.CheckpointManager._load_checkpoint_infos
+    for times in (2, 100):
+        left = [0] * times
+
+        def stale_listing(manager: Any, *arguments: Any, **options: Any) -> Any:
+            found = listed(manager, *arguments, **options)
+            if left and jax.process_index() == stale:  # noqa: B023
+                left.pop()  # noqa: B023
+                return [info for info in found if info.step != 2]
+            return found
+
+        with mock.patch.object(ocp.CheckpointManager, "_load_checkpoint_infos", stale_listing):
+            try:
+                checkpoints = open_in(folder)
+                checkpoints.save(state_on_all(2), PROGRESS)
+                checkpoints.save(state_on_all(3 if times == 2 else 4), PROGRESS)
+                checkpoints.wait()
+                results.append(checkpoints.steps)
+                checkpoints.close()
+            except RunFailed as error:
+                results.append(str(error))
+    return results
+
+
+@pytest.mark.parametrize("stale", [0, 1])
+def test_processes_wait_until_they_see_the_same_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stale: int
+) -> None:
+    monkeypatch.setenv("SHARED_FOLDER", str(tmp_path))
+    monkeypatch.setenv("STALE_PROCESS", str(stale))
+    for seen, refused in call_on_processes(with_stale_listings, processes=2, devices=2):
+        assert seen == [1, 2, 3]
+        assert refused.startswith("not all processes see the checkpoints in ")

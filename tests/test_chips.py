@@ -46,6 +46,8 @@ def test_rates_are_those_that_jax_knows(name: str) -> None:
     # Each cell of the arrays multiplies and adds once a cycle, twice from the sixth generation on.
     assert chip.clock is not None
     passes = 2 if core.generation >= 6 else 1
+    alus = 2 if name == "v4" else 4
+    assert chip.vector_rate == pytest.approx(cores * core.num_sublanes * core.num_lanes * alus * chip.clock, rel=0.01)
     assert chip.peak_bf16 == pytest.approx(cores * core.num_mxus * chip.mxu**2 * 2 * passes * chip.clock, rel=0.01)
 
 

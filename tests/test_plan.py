@@ -1,8 +1,8 @@
 """The planner: what it says of memory against what is there, the compiler's refusals, and the search.
 
-    python tests/test_plan.py
+    python tests/test_plan.py [CASE ...]
 
-writes tests/plans/ anew, which the slow tests compare with.
+writes tests/plans/ anew, which the slow tests compare with: all, one after the other, or some by name.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ from llip_jax.planning.search import Setting, mesh_splits, search
 from llip_jax.planning.table import ranking, table
 from llip_jax.planning.target import parse_target, resolved_for
 from llip_jax.training.loop import compile_step
+from llip_jax.training.metrics import progress_bar
 from llip_jax.training.optimizer import make_optimizer
 from llip_jax.training.state import init_state, state_spec
 from llip_jax.training.step import make_train_step, step_inputs
@@ -248,9 +249,40 @@ def test_a_compiler_that_dies_is_an_answer(monkeypatch: pytest.MonkeyPatch) -> N
     assert "exit code -11" in answer.failure and "SIGSEGV in the scheduler" in answer.failure
 
 
+def test_a_program_that_cannot_be_read_is_known_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unread(text: str) -> None:
+        raise ValueError("words of another compiler")
+
+    monkeypatch.setattr(compiler, "program_costs", unread)
+    config = resolved_for(tiny_config(), parse_target("cpu:1"))
+    told: list[Plan] = []
+    # The process may end at any time: what has been told by then is the answer.
+    answer = compiler.answer(config, parse_target("cpu:1"), None, told.append)
+    assert [bool(plan.failure) for plan in told] == [True, False] and told[1].uncounted
+    assert answer.memory.peak is not None and answer.memory == told[1].memory
+    assert (answer.failure, answer.work, answer.time) == ("", None, None)
+    fitting = dataclasses.replace(a_plan(load("configs/llip_b16.py")), work=None, time=None, uncounted=answer.uncounted)
+    said = table(fitting)
+    assert "FITS, 9.12 of 15.00 GiB" in said and "ValueError: words of another compiler" in said
+    assert "it compiled" in said
+
+
+def test_a_process_that_dies_while_it_reads_the_program_has_compiled_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = a_plan(load("configs/llip_b16.py"), time=None, work=None, uncounted="the process ended")
+
+    def dies(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        Path(command[4]).write_text(json.dumps(to_json(known)))
+        return subprocess.CompletedProcess(command, -6, "", "CHECK failed: text")
+
+    monkeypatch.setattr(plan.subprocess, "run", dies)
+    answer = plan.plan(load("configs/llip_b16.py"), parse_target("cpu:8"))
+    assert answer.fits and not answer.failure
+    assert "the process ended (exit code -6)" in answer.uncounted and "CHECK failed: text" in answer.uncounted
+
+
 def test_a_missing_tpu_compiler_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs the TPU's compiler, libtpu.*pip install -e '\.\[plan\]'"):
+    with pytest.raises(ConfigError, match=r"needs the TPU's compiler, libtpu.*pip install -e '\.\[tpu\]'"):
         plan.plan(load("configs/llip_b16.py"), parse_target("v5e:4x4"))
 
 
@@ -276,6 +308,27 @@ def test_the_program_estimates_gpus() -> None:
     done = launch(TINY, "gpu:h100x8")
     assert done.returncode == 0, done.stderr
     assert "Ti/4 on gpu:h100x8: FITS, about" in done.stdout and "estimated: no compiler" in done.stdout
+
+
+def test_gpus_compute_dropped_layers_again_and_wait_for_the_host() -> None:
+    target = parse_target("gpu:h100x1")
+
+    def estimated(remat: str, microbatches: int = 1) -> Plan:
+        config = dataclasses.replace(tower_config(remat, 3), mesh=MeshConfig())
+        train = dataclasses.replace(config.train, microbatches=microbatches)
+        return compiler.answer(dataclasses.replace(config, train=train), target, None, lambda _: None)
+
+    none, layer, offload = (estimated(remat) for remat in ("none", "layer", "offload"))
+    assert none.time and layer.time and offload.time and target.chip
+    assert (none.time.recompute, layer.time.recompute) == (1, offload.time.recompute) == (1, 4 / 3)
+    host = offload.time.seconds - layer.time.seconds
+    assert offload.memory.kept_in_host > 0
+    assert host == pytest.approx(2 * offload.memory.kept_in_host / target.chip.host_rate)
+    assert offload.time.mfu * offload.time.seconds == pytest.approx(none.time.mfu * none.time.seconds)
+    pieces = estimated("offload", 2)
+    assert pieces.time and pieces.time.seconds - host == pytest.approx(none.time.seconds * 5 / 3)
+    assert none.memory.capacity == int(0.75 * target.chip.hbm_bytes)
+    assert any("XLA_PYTHON_CLIENT_MEM_FRACTION" in line for line in none.time.assumptions)
 
 
 @pytest.mark.parametrize(
@@ -324,10 +377,10 @@ def machine(peak: Callable[[Setting], float], seconds: Callable[[Setting], float
 
 def test_the_search_finds_the_fastest_that_fits() -> None:
     def peak(s: Setting) -> float:
-        return 64 / s.mesh[1] + {"none": 40, "offload": 7, "dots": 20, "layer": 6}[s.remat] / s.microbatches
+        return 64 / s.mesh[1] + {"none": 40, "dots": 20, "layer": 6, "offload": 2}[s.remat] / s.microbatches
 
     def seconds(s: Setting) -> float:
-        again = {"none": 3, "offload": 6, "dots": 3.2, "layer": 4}[s.remat] + (s.microbatches > 1) * 0.5
+        again = {"none": 3, "dots": 3.2, "layer": 4, "offload": 6}[s.remat] + (s.microbatches > 1) * 0.5
         return again + 0.01 * s.mesh[1] + s.mesh[2] + (s.text_block == 512) * -0.2
 
     small = ["model.size=Ti/4", "model.image_size=16", "train.batch_size=256", "model.mixture_tokens=4"]
@@ -347,6 +400,21 @@ def test_the_search_a_quarter_the_batch_where_nothing_fits_and_keeps_to_its_limi
     found = search(g14(*small), parse_target("v5e:4x4"), 100, compile_plan, BAR)
     assert found.ranked[0][0].batch_size == 256 and found.best.fits
     assert len(search(g14(*small), parse_target("v5e:4x4"), 3, compile_plan, BAR).plans) == 3
+
+
+def test_inputs_of_layers_go_to_the_host_where_nothing_else_fits() -> None:
+    small = ["model.size=Ti/4", "model.image_size=16", "train.batch_size=256", "model.mixture_tokens=4"]
+    compile_plan = machine(lambda s: {"none": 40, "dots": 30, "layer": 20, "offload": 10}[s.remat], lambda s: 1.0)
+    found = search(g14(*small), parse_target("v5e:4x4"), 100, compile_plan, BAR)
+    assert found.ranked[0][0].remat == "offload" and found.best.fits
+    assert {setting.batch_size for setting, _ in found.plans} == {256}
+
+
+def test_a_mesh_that_takes_what_divides_is_planned_and_searched() -> None:
+    config = g14("mesh.data=-1", "mesh.fsdp=-1", "mesh.fsdp_limit=128", "train.batch_size=512", "eval.batch_size=512")
+    assert (config.mesh.data, config.mesh.fsdp, config.mesh.fsdp_limit) == (-1, -1, 128)
+    found = search(config, parse_target("v5e:16x16"), 1, machine(lambda s: 1.0, lambda s: 1.0), BAR)
+    assert found.ranked[0][0].mesh == (2, 128, 1) and found.best.batch_size == 512
 
 
 def test_a_setting_that_is_refused_does_not_end_the_search() -> None:
@@ -446,6 +514,10 @@ def test_the_tpu_compilers_refusal_is_exit_code_1() -> None:
 
 
 if __name__ == "__main__":
-    for chosen in sys.argv[1:] or STORED:
-        stored_file(chosen).write_text(json.dumps(planned(chosen), indent=1) + "\n")
-        print(chosen)
+    cases = sys.argv[1:] or list(STORED)
+    with progress_bar(len(cases), 0, "plan", "compiling") as progress:
+        for chosen in cases:
+            progress.set_postfix_str(chosen)
+            stored_file(chosen).parent.mkdir(exist_ok=True)
+            stored_file(chosen).write_text(json.dumps(planned(chosen), indent=1) + "\n")
+            progress.update(1)

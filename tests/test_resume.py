@@ -109,6 +109,36 @@ def test_a_run_stopped_in_every_way_equals_one_never_stopped(tmp_path: Path) -> 
     assert_same_run(run, finished_run())
 
 
+@pytest.mark.parametrize("seconds", [1.5, 3.0])
+def test_a_signal_while_libraries_are_imported_is_a_stop_like_any_other(tmp_path: Path, seconds: float) -> None:
+    hook = f"import threading; threading.Timer({seconds}, os.kill, (os.getpid(), signal.SIGTERM)).start()"
+    done = train(tmp_path / "run", hook=hook)
+    assert done.returncode == 75, done.stderr
+    assert "stopped by SIGTERM before the first step: nothing to save" in done.stdout
+
+
+LOSE_DIRECTORY = """
+from llip_jax.training.recorder import Recorder
+add = Recorder.add
+def add_and_lose(self, step, *arguments):
+    add(self, step, *arguments)
+    if step == {step}:
+        folder = sys.argv[sys.argv.index("--workdir") + 1]
+        os.rename(folder, folder + "_gone")
+        {then}
+Recorder.add = add_and_lose
+"""
+
+
+@pytest.mark.parametrize(("step", "then"), [(8, "pass"), (5, "os.kill(os.getpid(), signal.SIGTERM)")])
+def test_a_last_save_that_fails_is_no_success(tmp_path: Path, step: int, then: str) -> None:
+    done = train(tmp_path / "run", {"eval.every_steps": 100}, hook=LOSE_DIRECTORY.format(step=step, then=then))
+    assert done.returncode == 1, done.stdout
+    assert "error: " in done.stderr
+    assert "saved, the same command" not in done.stdout and "Training goes on" not in done.stderr
+    assert 2 in complete(tmp_path / "run_gone")
+
+
 def test_finished_run_stays_as_it_is(tmp_path: Path) -> None:
     run = shutil.copytree(finished_run(), tmp_path / "run")
     done = train(run)

@@ -5,10 +5,13 @@ import json
 import math
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from llip_jax.parallel.chips import CHIPS, Chip
-from llip_jax.planning.hlo import Collective, Cost, Loop, ProgramCosts
+from llip_jax.ops import attention
+from llip_jax.planning.hlo import Collective, Cost, Kernel, Loop, ProgramCosts
 from llip_jax.planning.matmuls import Matmul
 from llip_jax.planning.roofline import (
     HBM_EFFICIENCY,
@@ -17,6 +20,7 @@ from llip_jax.planning.roofline import (
     LINK_EFFICIENCY,
     MATMUL_EFFICIENCY,
     PARTS,
+    VECTOR_OPERATIONS,
     Estimate,
     step_estimate,
 )
@@ -68,6 +72,46 @@ def test_products_are_padded_to_the_tiles_of_the_systolic_array(
     matmul: Matmul, tile: int, padded: tuple[int, int, int]
 ) -> None:
     assert matmul.padded_flops(tile) == 2 * matmul.batch * math.prod(padded)
+
+
+ATTENTION = Kernel(flops=4 * 16 * 320 * 320 * 104, transcendentals=16 * 320 * 320, rows=320, columns=104)
+
+
+@pytest.mark.parametrize(("name", "tile"), [("v5e", 128), ("v6e", 256)])
+def test_kernels_are_padded_as_their_products_are_and_add_their_vectors(name: str, tile: int) -> None:
+    chip = CHIPS[name]
+    # A product of queries and keys holds keys, one of weights and values the values: both are padded to whole tiles.
+    tokens, head = math.ceil(320 / tile) * tile, math.ceil(104 / tile) * tile
+    products = 16 * 2 * (2 * 320 * tokens * head)
+    assert chip.vector_rate is not None
+    vectors = 16 * 320 * 384 * VECTOR_OPERATIONS / chip.vector_rate
+    found = estimate(cost(opcode="custom-call", kernels=(ATTENTION,)), chip=chip)
+    assert found.parts["vectors of kernels"] == pytest.approx(vectors)
+    assert found.parts["matrix products"] == pytest.approx(products / (chip.peak_bf16 * MATMUL_EFFICIENCY))
+    assert found.seconds == pytest.approx(math.fsum(found.parts.values()))
+    moving = estimate(cost(opcode="custom-call", kernels=(ATTENTION,), hbm_bytes=10**10), chip=chip)
+    assert moving.seconds == moving.parts["main memory"]
+
+
+def on_weights(jaxpr: Any, tokens: int) -> int:
+    """Elementwise operations and sums on matrices of tokens x tokens."""
+    found = 0
+    for equation in jaxpr.eqns:
+        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        inner = [value for value in inner if hasattr(value, "eqns")]
+        shapes = [getattr(v.aval, "shape", None) for v in (*equation.invars, *equation.outvars)]
+        moves = equation.primitive.name in ("dot_general", "broadcast_in_dim", "get", "swap")
+        found += ((tokens, tokens) in shapes and not moves and not inner) + sum(on_weights(j, tokens) for j in inner)
+    return found
+
+
+def test_vector_operations_are_those_of_the_attention_kernels_and_some_for_the_slow_ones() -> None:
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        return attention.by_kernel(q, k, v, bias=None, causal=False, interpret=True)
+
+    x = jnp.zeros((1, 80, 1, 8), jnp.bfloat16)
+    both = jax.make_jaxpr(lambda q, k, v: jax.vjp(attend, q, k, v)[1](q))(x, x, x)
+    assert 0.75 * VECTOR_OPERATIONS < on_weights(both.jaxpr, 80) / 2 <= VECTOR_OPERATIONS
 
 
 def gather(size: int, group: int, kind: str = "all-gather", **fields: Any) -> Cost:

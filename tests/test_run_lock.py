@@ -163,19 +163,36 @@ def test_a_frozen_run_that_was_taken_over_ends_itself_and_leaves_the_new_lock(tm
 
 def test_a_check_before_a_save_notices_what_the_next_beat_would(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from llip_jax.training.run_lock import RunLock\n"
+        "import sys, time; from pathlib import Path; from llip_jax.training.run_lock import RunLock\n"
         "workdir = Path(sys.argv[1])\n"
         "with RunLock(workdir, beat_s=60) as lock:\n"
         "    lock.check(); print('own')\n"
+        "    record = (workdir / 'run.lock').read_bytes()\n"
+        "    for size in range(0, len(record), 50): (workdir / 'run.lock').write_bytes(record[:size]); lock.check()\n"
+        "    print('torn')\n"
         "    (workdir / 'run.lock').unlink(); lock.check(); print('none')\n"
+        "    from llip_jax.parallel import processes\n"
+        "    processes.report = lambda *told: (print(*told, flush=True), time.sleep(60))  # a store that is gone\n"
         "    other = RunLock(workdir).__enter__(); lock.check(); print('written')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert done.stdout.split() == ["own", "none"]
+    *seen, told = done.stdout.splitlines()
+    assert seen == ["own", "torn", "none"]
+    assert told.startswith("1 error: process") and "has taken over" in told
     assert "has taken over" in done.stderr and (tmp_path / "run.lock").exists()
+
+
+def test_the_record_stays_as_long_whatever_its_number(tmp_path: Path) -> None:
+    sizes, beat = set(), 0
+    with RunLock(tmp_path, beat_s=1e-3):
+        while beat < 101:
+            content = (tmp_path / "run.lock").read_bytes()
+            sizes.add(len(content))
+            beat = int(re.findall(rb'"beat": (\d+)', content)[0])
+    assert len(sizes) == 1
 
 
 def test_of_many_newcomers_at_a_stale_lock_one_gets_it(tmp_path: Path, start: Start) -> None:

@@ -53,6 +53,7 @@ def test_shellcheck_has_nothing_to_say(script: Path) -> None:
         (2, "", False),
         (75, "", True),
         (75, "99", True),
+        (143, "99", True),
         (1, "", True),
         (137, "19", True),
         (1, "20", False),
@@ -156,6 +157,14 @@ def test_training_is_started_as_a_service_with_its_words_as_they_are(
     assert "--property=RemainAfterExit=yes" in start  # otherwise a finished training is forgotten
     # A host that goes down ends services in reverse order: the run still has to save.
     assert "--property=After=network-online.target llip-storage.service mnt-llip.mount" in start
+
+
+def test_the_state_is_told_without_touching_the_log(host: tuple[RecordedCommands, dict[str, str]]) -> None:
+    commands, environment = host
+    commands.answer("^systemctl show", Reply(out="SubState=running\n"))
+    done = call("tpu_worker.sh", "state", commands=commands, environment=environment)
+    assert done.stdout == "SubState=running\n"
+    assert [words[0] for words in commands.calls()] == ["systemctl"]
 
 
 def test_poll_says_what_is_new_and_whether_training_was_told_to_stop(

@@ -25,6 +25,7 @@ WHERE = ["--zone=us-west4-a", "--project=mine"]
 TRAINING = ["--config", "configs/llip_demo.py", "--workdir", "/mnt/llip/demo"]
 MISSING = Reply(1, err="ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource was not found")
 UNREACHABLE = Reply(255, err="ssh: connect to host 10.0.0.1 port 22: Connection timed out")
+OFFLINE = Reply(1, err="Unable to find the server at tpu.googleapis.com")
 RUNNING = "SubState=running\nExecMainCode=0\nExecMainStatus=0\n"
 
 
@@ -57,7 +58,7 @@ def steps(gcloud: RecordedCommands) -> list[str]:
             step = command[2] if command[0] == "bash" else "unpack"
         else:
             step = words[4]
-        if step not in ("poll", "describe"):
+        if step not in ("poll", "state", "describe"):
             done.append(step)
     return done
 
@@ -152,7 +153,6 @@ def test_waiting_for_what_will_not_come_ends(
 
 
 def test_setup_sends_the_last_commit_as_soon_as_the_hosts_take_it(gcloud: RecordedCommands) -> None:
-    gcloud.answer("poll", UNREACHABLE)
     gcloud.answer("scp", UNREACHABLE, UNREACHABLE, Reply())
     sleeps: list[float] = []
     pod(sleeps).setup(ROOT, "gs://bucket")
@@ -161,27 +161,32 @@ def test_setup_sends_the_last_commit_as_soon_as_the_hosts_take_it(gcloud: Record
     file = archive[4].removeprefix("--output=")
     assert archive == ["git", "-C", str(ROOT), "archive", f"--output={file}", "HEAD"]
     on_all = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "g14", *WHERE, "--quiet", "--worker=all"]
-    assert gcloud.calls("gcloud")[-3:] == [
+    on_first = [*on_all[:-1], "--worker=0"]
+    assert gcloud.calls("gcloud")[-4:] == [
         ["gcloud", "compute", "tpus", "tpu-vm", "scp", file, "g14:", *WHERE, "--quiet", "--worker=all"],
+        [*on_first, "--command=bash llip_jax/launch/tpu_worker.sh state"],
         [*on_all, "--command=rm -rf llip_jax && mkdir llip_jax && tar -xzf llip_jax.tar.gz -C llip_jax"],
         [*on_all, "--command=bash llip_jax/launch/tpu_worker.sh setup gs://bucket"],
     ]
 
 
 def test_code_is_not_replaced_under_a_running_training(gcloud: RecordedCommands) -> None:
-    gcloud.answer("poll", polled(RUNNING))
+    """Also when its host does not answer at first; and what its log says meanwhile is left for the watch."""
+    gcloud.answer("sh state", Reply(out=RUNNING))
+    gcloud.answer("scp", UNREACHABLE, Reply())
     pod().setup(ROOT, "gs://bucket")
     pod().start(TRAINING)
-    assert steps(gcloud) == []
+    assert steps(gcloud) == ["scp", "scp"]
+    assert not any("poll" in words[-1] for words in gcloud.calls())
 
 
 @pytest.mark.parametrize(
-    ("code", "how", "expected"), [(0, 1, 0), (1, 1, 1), (2, 1, 2), (75, 1, 75), (2, 2, 130), (9, 2, 137)]
+    ("code", "how", "expected"), [(0, 1, 0), (1, 1, 1), (2, 1, 2), (75, 1, 75), (2, 2, 130), (9, 2, 137), (15, 2, 143)]
 )
 def test_run_starts_all_hosts_and_ends_with_the_exit_code_of_the_training(
     gcloud: RecordedCommands, capsys: pytest.CaptureFixture[str], code: int, how: int, expected: int
 ) -> None:
-    gcloud.answer("poll", polled("SubState=dead\nExecMainCode=0\nExecMainStatus=0\n"), ended(code, how))
+    gcloud.answer("poll", ended(code, how))
     assert act("run", "--", *TRAINING, "--config.data.path=a b/*") == expected
     (start,) = [words for words in gcloud.calls("gcloud") if "start" in words[-1]]
     assert start[-2] == "--worker=all"
@@ -204,7 +209,7 @@ def test_a_run_goes_on_with_new_slices_until_it_is_done(gcloud: RecordedCommands
     active, gone = Reply(out="ACTIVE\n"), Reply(out="SUSPENDED\n")
     first = [MISSING, active, Reply(out="SUSPENDING\n")]
     gcloud.answer("describe", *first, MISSING, MISSING, gone, MISSING, MISSING, active)
-    gcloud.answer("poll", UNREACHABLE, UNREACHABLE, polled(RUNNING), UNREACHABLE, UNREACHABLE, UNREACHABLE, ended(0))
+    gcloud.answer("poll", polled(RUNNING), UNREACHABLE, ended(0))
     sleeps: list[float] = []
     assert retry(failures=1, sleeps=sleeps) == 0
     session = ["create", "scp", "unpack", "setup", "start"]
@@ -212,8 +217,8 @@ def test_a_run_goes_on_with_new_slices_until_it_is_done(gcloud: RecordedCommands
 
 
 def test_retrying_ends_with_a_slice_deleted(gcloud: RecordedCommands, capsys: pytest.CaptureFixture[str]) -> None:
-    gcloud.answer("describe", MISSING, Reply(out="ACTIVE\n"), MISSING)
-    gcloud.answer("poll", UNREACHABLE, UNREACHABLE, ended(0))
+    gcloud.answer("describe", MISSING, MISSING, Reply(out="ACTIVE\n"), MISSING)
+    gcloud.answer("poll", ended(0))
     flags = ["--retry", "--topology=v5e:16x16", "--spot", "--storage=gs://bucket"]
     assert act("run", *flags, "--", *TRAINING) == 0
     assert steps(gcloud)[-2:] == ["start", "delete"]
@@ -244,7 +249,7 @@ def test_no_slice_is_left_behind_when_the_launcher_itself_fails(
 
 def test_a_bad_configuration_is_not_tried_again(gcloud: RecordedCommands) -> None:
     gcloud.answer("describe", Reply(out="ACTIVE\n"))
-    gcloud.answer("poll", UNREACHABLE, UNREACHABLE, ended(2))
+    gcloud.answer("poll", ended(2))
     sleeps: list[float] = []
     assert retry(sleeps=sleeps) == 2
     assert steps(gcloud).count("start") == 1
@@ -252,11 +257,12 @@ def test_a_bad_configuration_is_not_tried_again(gcloud: RecordedCommands) -> Non
 
 
 def test_failures_are_tried_again_later_and_later_and_then_no_more(gcloud: RecordedCommands) -> None:
-    gcloud.answer("describe", Reply(1, err="INTERNAL"))
+    gcloud.answer("describe", MISSING)
+    gcloud.answer(" create ", Reply(1, err="RESOURCE_EXHAUSTED"))
     sleeps: list[float] = []
     assert retry(failures=7, sleeps=sleeps) == 1
     assert sleeps == [30, 60, 120, 240, 480, 600]
-    assert steps(gcloud) == []
+    assert steps(gcloud) == ["create"] * 7
 
 
 def test_training_that_failed_is_started_again_on_the_same_slice(gcloud: RecordedCommands) -> None:
@@ -269,14 +275,21 @@ def test_training_that_failed_is_started_again_on_the_same_slice(gcloud: Recorde
 def test_only_failures_in_a_row_count(gcloud: RecordedCommands) -> None:
     gcloud.answer("describe", Reply(out="ACTIVE\n"))
     codes = [1, 75, 1, 0]
-    gcloud.answer("poll", *(ended(code) for code in codes for _ in range(3)))  # setup, start and watch look
+    gcloud.answer("poll", *(ended(code) for code in codes))
     assert retry(failures=2) == 0
     assert steps(gcloud).count("start") == len(codes)
 
 
+def test_training_stopped_before_it_could_listen_has_not_failed(gcloud: RecordedCommands) -> None:
+    gcloud.answer("describe", Reply(out="ACTIVE\n"))
+    gcloud.answer("poll", ended(signal.SIGTERM, how=2), ended(0))
+    assert retry(failures=1) == 0
+    assert steps(gcloud).count("start") == 2
+
+
 def test_failures_before_a_long_session_do_not_count(gcloud: RecordedCommands) -> None:
-    gcloud.answer("describe", *[Reply(1, err="INTERNAL")] * 3, Reply(out="ACTIVE\n"))
-    gcloud.answer("poll", ended(0))
+    gcloud.answer("describe", Reply(out="ACTIVE\n"))
+    gcloud.answer("poll", *[ended(1)] * 3, ended(0))
     times = iter(range(0, 100_000, 4000))
     assert retry(failures=2, clock=lambda: next(times)) == 0
 
@@ -290,7 +303,7 @@ def test_a_request_that_fails_again_and_again_is_given_up(gcloud: RecordedComman
 def test_training_that_was_told_to_stop_is_not_started_again(gcloud: RecordedCommands) -> None:
     gcloud.answer("describe", Reply(out="ACTIVE\n"))
     stopped = ended(75)
-    gcloud.answer("poll", UNREACHABLE, UNREACHABLE, stopped._replace(out=f"{stopped.out}Stopped=yes\n"))
+    gcloud.answer("poll", stopped._replace(out=f"{stopped.out}Stopped=yes\n"))
     assert retry() == 75
     assert steps(gcloud).count("start") == 1
 
@@ -298,7 +311,7 @@ def test_training_that_was_told_to_stop_is_not_started_again(gcloud: RecordedCom
 def test_a_restarted_host_is_set_up_again(gcloud: RecordedCommands) -> None:
     gcloud.answer("describe", Reply(out="ACTIVE\n"))
     dead = polled("SubState=dead\nExecMainCode=0\nExecMainStatus=0\n")
-    gcloud.answer("poll", UNREACHABLE, UNREACHABLE, polled(RUNNING), dead, dead, dead, ended(0))
+    gcloud.answer("poll", polled(RUNNING), dead, ended(0))
     assert retry(failures=1) == 0
     assert steps(gcloud) == ["scp", "unpack", "setup", "start"] * 2
 
@@ -306,19 +319,61 @@ def test_a_restarted_host_is_set_up_again(gcloud: RecordedCommands) -> None:
 def test_a_slice_whose_host_stays_silent_is_replaced(gcloud: RecordedCommands) -> None:
     asked = [MISSING] + [Reply(out="ACTIVE\n")] * 11  # create, wait, then once for each of ten unanswered polls
     gcloud.answer("describe", *asked, MISSING, MISSING, Reply(out="ACTIVE\n"))
-    gcloud.answer("poll", *[UNREACHABLE] * 12, *[UNREACHABLE] * 2, ended(0))
+    gcloud.answer("poll", *[UNREACHABLE] * 10, ended(0))
     assert retry() == 0
     assert steps(gcloud).count("create") == 2
     assert steps(gcloud).count("delete") == 1
 
 
 def test_without_a_network_here_a_run_is_left_alone(gcloud: RecordedCommands) -> None:
-    gcloud.answer(
-        "describe", *[Reply(1, err="Unable to find the server at tpu.googleapis.com")] * 12, Reply(out="ACTIVE\n")
-    )
+    gcloud.answer("describe", *[OFFLINE] * 12, Reply(out="ACTIVE\n"))
     gcloud.answer("poll", *[UNREACHABLE] * 12, ended(0))
     assert pod().watch().code == 0
     assert steps(gcloud) == []
+
+
+def test_without_a_network_here_a_slice_is_waited_for(
+    gcloud: RecordedCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waiting = Reply(out="WAITING_FOR_RESOURCES\n")
+    gcloud.answer("describe", waiting, *[OFFLINE] * 12, waiting, Reply(out="ACTIVE\n"))
+    pod().wait()
+    out = capsys.readouterr().out
+    assert out.count("WAITING_FOR_RESOURCES") == 1
+    assert out.count("Unable to find the server") == 12
+
+
+@pytest.mark.parametrize("broken", [" create ", "scp", "sh setup", "sh start"])
+def test_what_fails_without_a_network_here_is_no_failure_of_the_run(gcloud: RecordedCommands, broken: str) -> None:
+    """It is back after a while, and a command that was lost is given again."""
+    outage = [OFFLINE] * 4
+    before = [MISSING] if broken == " create " else [Reply(out="ACTIVE\n")] * 2
+    after = [MISSING] if broken == " create " else []
+    gcloud.answer("describe", *before, *outage, *after, Reply(out="ACTIVE\n"))
+    gcloud.answer(broken, *[UNREACHABLE] * (10 if broken == "scp" else 1), Reply())
+    gcloud.answer("poll", ended(0))
+    sleeps: list[float] = []
+    assert retry(failures=1, sleeps=sleeps) == 0
+    assert "delete" not in steps(gcloud)
+    assert sleeps[-4:] == [30] * 4
+
+
+def test_a_slice_that_cannot_be_deleted_for_want_of_a_network_is_deleted_later(gcloud: RecordedCommands) -> None:
+    gone = Reply(out="SUSPENDED\n")
+    gcloud.answer(" delete ", *[OFFLINE] * 10, Reply())
+    gcloud.answer("describe", gone, gone, *[OFFLINE] * 11, gone, gone, MISSING, MISSING, Reply(out="ACTIVE\n"))
+    gcloud.answer("poll", ended(0))
+    assert retry(failures=1) == 0
+    assert steps(gcloud) == [*["delete"] * 11, "create", "scp", "unpack", "setup", "start"]
+
+
+def test_who_has_to_log_in_is_told_at_once_and_nothing_is_deleted(
+    gcloud: RecordedCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gcloud.answer("describe", Reply(1, err="ERROR: You do not currently have an active account selected."))
+    assert act("run", "--retry", "--topology=v5e:4x4", "--storage=gs://bucket", "--", *TRAINING) == 1
+    assert steps(gcloud) == []
+    assert "active account" in capsys.readouterr().err
 
 
 def test_delete_waits_until_nothing_is_left(gcloud: RecordedCommands, capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,6 +387,13 @@ def test_delete_waits_until_nothing_is_left(gcloud: RecordedCommands, capsys: py
 def test_deleting_what_is_not_there_is_fine(gcloud: RecordedCommands) -> None:
     gcloud.answer(" delete |describe", MISSING)
     assert act("delete") == 0
+
+
+def test_delete_goes_on_when_the_network_here_is_gone_for_a_while(gcloud: RecordedCommands) -> None:
+    gcloud.answer(" delete ", *[OFFLINE] * 5, Reply())
+    gcloud.answer("describe", *[OFFLINE] * 6, MISSING)
+    pod().delete()
+    assert steps(gcloud) == ["delete"] * 7
 
 
 def test_a_slice_that_is_not_deleted_is_told(gcloud: RecordedCommands) -> None:
@@ -368,7 +430,7 @@ def test_a_dry_run_prints_every_command_and_calls_none(
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith(("gcloud", "git"))]
     actions = [words[4] if words[0] == "gcloud" else words[3] for words in lines]
     assert [action for action in actions if action != "describe"] == [
-        *["create", "ssh", "status", "archive", "scp", "ssh", "ssh"],  # look, unpack, setup
+        *["create", "status", "archive", "scp", "ssh", "ssh", "ssh"],  # look, unpack, setup
         *["ssh", "ssh", "ssh", "delete"],  # look, start, watch
     ]
     assert any("'--config.data.path=a b/*'" in words[-1] for words in lines)

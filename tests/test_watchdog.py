@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from run_helpers import ROOT
+from run_helpers import ROOT, ended, start_processes
 
 from llip_jax.training.watchdog import Watchdog
 
@@ -76,6 +76,39 @@ def test_a_hang_that_holds_the_interpreter_lock_ends_in_time(tmp_path: Path) -> 
     assert code == 1
     assert DEADLINE_S <= seconds < DEADLINE_S + 2
     assert "in stuck_here" in err
+
+
+def test_the_other_processes_are_told_after_the_traces_are_kept(tmp_path: Path) -> None:
+    before = (
+        "from llip_jax.parallel import processes\n"
+        "def report(code, text):\n"
+        "    print(f'REPORT {code} {text}', len(list(Path(sys.argv[1], 'hangs').iterdir())), file=sys.stderr)\n"
+        "    time.sleep(60)  # a store that is gone\n"
+        "processes.report = report"
+    )
+    seconds, code, err = hang(tmp_path, "time.sleep(60)", before)
+    assert code == 1
+    assert seconds < DEADLINE_S + 7
+    (told,) = [line for line in err.splitlines() if line.startswith("REPORT")]
+    assert told.startswith("REPORT 1 error: process 3 has waited more than") and told.endswith(" were 1")
+    assert err.count("Current thread") == 1
+
+
+@pytest.mark.slow
+def test_a_hang_of_one_process_is_printed_by_the_others(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path\n"
+        "from llip_jax.parallel import processes; from llip_jax.training.watchdog import Watchdog\n"
+        "flags = dict(zip(sys.argv[1::2], sys.argv[2::2])); index = int(flags['--process'])\n"
+        "processes.start(processes.ProcessFlags(flags['--coordinator'], 2, index), {}, 30.0)\n"
+        f"with processes.ErrorBoard(), Watchdog(Path({str(tmp_path)!r}), index) as watchdog:\n"
+        "    watchdog.beat(0.5 if index else None, 'step 12'); time.sleep(60)\n"
+    )
+    done = ended(start_processes(["-c", program], 2, 1), timeout=50)
+    assert [process.returncode for process in done] == [1, 1], done
+    assert "process 1 of 2" in done[0].stderr and "has waited more than 0.5 s for step 12" in done[0].stderr
+    (kept,) = (tmp_path / "hangs").glob("*-process1.txt")
+    assert "most recent call first" in kept.read_text()
 
 
 def test_a_run_directory_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:

@@ -145,10 +145,10 @@ class FaultsConfig:
     limit: int = Field(default=10, ge=1)
     """Updates left out in a row, or rewinds to one checkpoint, after which the run stops."""
     start_s: float | None = Field(default=3600.0, gt=0)
-    """Seconds from the start to the end of the first step, compiling included, after which a process ends itself with
-    stack traces and an exit code that is not 0; None: it waits for ever."""
+    """Seconds from the start to the end of the first step, compiling included, or for one block of an evaluation, after
+    which a process ends itself with stack traces and an exit code that is not 0; None: it waits for ever."""
     step_s: float | None = Field(default=1800.0, gt=0)
-    """The same for one step, one save that is waited for, or one block of an evaluation."""
+    """The same for one step, or one save that is waited for."""
     process_s: float = Field(default=100.0, ge=5)
     """Seconds without a sign of life from one process after which the others end themselves."""
 

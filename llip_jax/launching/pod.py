@@ -14,6 +14,9 @@ from llip_jax.launching.shell import CommandFailed, Shell
 _STATE = "== state ==\n"
 """What tpu_worker.sh prints between new lines of the log and the state of the training."""
 
+UNKNOWN = "UNKNOWN"
+"""The state where Google does not answer."""
+
 _FINISHED = f"{_STATE}SubState=exited\nExecMainCode=1\nExecMainStatus=0\n"
 
 
@@ -23,6 +26,10 @@ class SliceLost(RuntimeError):
     def __init__(self, message: str, state: str | None):
         super().__init__(message)
         self.state = state
+
+
+class Unanswered(CommandFailed):
+    """Google does not say what the state is, as without a network here: nothing follows from that."""
 
 
 class Ended(NamedTuple):
@@ -44,13 +51,25 @@ class Pod:
     sleep: Callable[[float], None] = time.sleep
 
     def state(self, assumed: str = ACTIVE) -> str | None:
-        """State of the queued resource, or None where there is none. ``assumed``: in a dry run."""
+        """State of the queued resource, or None where there is none. ``assumed``: in a dry run.
+
+        Raises:
+            Unanswered: it is not known.
+        """
         done = self.shell.run(self.resource.state(), check=False, assumed=assumed)
         if done.code == 0:
             return done.out.strip() or None
         if "NOT_FOUND" in done.err or "not found" in done.err.lower():
             return None
-        raise CommandFailed(f"the state of {self.resource.name} is not known: {done.err.strip()}")
+        raise Unanswered(f"the state of {self.resource.name} is not known: {done.err.strip()}")
+
+    def look(self) -> str | None:
+        """The same, or UNKNOWN after saying why."""
+        try:
+            return self.state()
+        except Unanswered as error:
+            print(error, flush=True)
+            return UNKNOWN
 
     def create(self, request: Request) -> None:
         """Asks for the slice unless that has been done."""
@@ -66,19 +85,22 @@ class Pod:
 
         Raises:
             SliceLost: it will not come.
+            Unanswered: its state is not known from the start.
         """
         shown = ""
-        while (state := self.state()) != ACTIVE:
-            if state not in PENDING:
+        state = self.state()
+        while state != ACTIVE:
+            if state not in (*PENDING, UNKNOWN):
                 raise SliceLost(f"{self.resource.name} is {state or 'not there'}", state)
-            if state != shown:
+            if state not in (shown, UNKNOWN):
                 print(f"{self.resource.name} is {state}", flush=True)
-            shown = state
+                shown = state
             self.sleep(self.poll_s)
+            state = self.look()
 
     def running(self) -> bool:
         """Whether the first host says that training is running."""
-        done = self.shell.run(self.resource.worker("poll", host="0"), check=False)
+        done = self.shell.run(self.resource.worker("state", host="0"), check=False)
         return "SubState=running\n" in done.out
 
     def setup(self, root: Path, storage: str) -> None:
@@ -87,9 +109,6 @@ class Pod:
         Raises:
             CommandFailed: a host that cannot be reached, or where something does not install.
         """
-        if self.running():
-            print(f"training is running on {self.resource.name}: its code stays as it is", flush=True)
-            return
         changed = self.shell.run(["git", "-C", str(root), "status", "--porcelain"]).out
         if changed:
             print(
@@ -104,6 +123,10 @@ class Pod:
                 if done.code == 0:
                     break
                 self.sleep(self.poll_s)
+            # Not earlier: a host that does not answer may be training.
+            if self.running():
+                print(f"training is running on {self.resource.name}: its code stays as it is", flush=True)
+                return
             self.shell.run(self.resource.unpack(code))
         self.shell.run(self.resource.worker("setup", storage), show=True)
 
@@ -137,29 +160,25 @@ class Pod:
         )
 
     def _still_there(self) -> bool:
-        """False where it cannot be known, as without a network here.
+        """False where it cannot be known.
 
         Raises:
             SliceLost: it is not.
         """
-        try:
-            state = self.state()
-        except CommandFailed as error:
-            print(error, flush=True)
-            return False
-        if state != ACTIVE:
+        state = self.look()
+        if state not in (ACTIVE, UNKNOWN):
             raise SliceLost(f"{self.resource.name} is {state or 'not there'}", state)
-        return True
+        return state == ACTIVE
 
     def delete(self) -> None:
         """Deletes slice and request, where they are.
 
         Raises:
-            CommandFailed: it is still there after many tries.
+            CommandFailed: it is not known to be gone after many tries.
         """
         for _ in range(self.patience):
             done = self.shell.run(self.resource.delete(), check=False)
-            if self.shell.dry_run or self.state() is None:
+            if self.shell.dry_run or self.look() is None:
                 print(f"{self.resource.name} is deleted", flush=True)
                 return
             self.sleep(self.poll_s)

@@ -4,6 +4,8 @@
   version; tpu7x: its page's table of v5p, v6e and tpu7x); v4's links from its paper, arXiv:2304.01433.
   Memory is what the compiler (libtpu 0.0.52) lets a program use, less than what is soldered on. Rates to the host are
   those of "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus); tpu7x is assumed to be no slower than v6e.
+  Vector units have 8 x 128 lanes of 4 ALUs a core, by the same book for v5p; v6e and tpu7x are taken to have no more;
+  of v4 the pages of ayaka14732.github.io/pallas-tpu-tutorial/chapter01 show 2.
 - GPU: NVIDIA's data sheets, dense bf16. Memory is nominal less 1 GiB for the driver's context.
 """
 
@@ -37,6 +39,8 @@ class Chip:
     """Side of the systolic array, to which matrices are padded; of a GPU, of the tiles of a matrix product."""
     clock: float | None = None
     """Cycles a second, as its peak and its systolic arrays have it: none of the makers' pages says."""
+    vector_rate: float | None = None
+    """Elementwise operations a second of TPUs."""
 
 
 _TPUS = (
@@ -52,6 +56,7 @@ _TPUS = (
         torus=3,
         full_ring=4,
         clock=1.05e9,
+        vector_rate=4.3e12,
     ),
     Chip(
         "v5e",
@@ -65,6 +70,7 @@ _TPUS = (
         torus=2,
         full_ring=16,
         clock=1.5e9,
+        vector_rate=6.14e12,
     ),
     Chip(
         "v5p",
@@ -78,6 +84,7 @@ _TPUS = (
         torus=3,
         full_ring=4,
         clock=1.75e9,
+        vector_rate=14.3e12,
     ),
     Chip(
         "v6e",
@@ -92,6 +99,7 @@ _TPUS = (
         full_ring=16,
         mxu=256,
         clock=1.75e9,
+        vector_rate=7.17e12,
     ),
     Chip(
         "tpu7x",
@@ -107,6 +115,7 @@ _TPUS = (
         devices_per_chip=2,
         mxu=256,
         clock=2.2e9,
+        vector_rate=18e12,
     ),
 )
 

@@ -91,6 +91,8 @@ def _gathered(x: Array, axes: Axes, dtype: Any) -> Array:
 
 def _scattered(axes: Axes, dtype: Any, like: Array, gradient: Array) -> tuple[Array]:
     # Left to itself, the gradient of a pin is pinned alike: summed whole on every device, and only then divided.
+    if "vocab" in axes:  # as that of a table must be: to add rows up in pieces, whole activations would be exchanged
+        gradient = _pin(gradient, axes, IN_USE)
     return (_pin(gradient, axes, AT_REST).astype(like.dtype),)
 
 

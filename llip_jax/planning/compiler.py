@@ -34,6 +34,9 @@ from llip_jax.training.step import make_train_step, step_inputs
 GPU_EFFICIENCY = 0.5
 """Of a GPU's bf16 peak over a whole step, recomputation counted: an assumption, not a measurement."""
 
+GPU_SHARE = 0.75
+"""Of a GPU's memory, which JAX takes by default; XLA_PYTHON_CLIENT_MEM_FRACTION is another."""
+
 
 def answer(config: Config, target: Target, hlo: Path | None, tell: Callable[[Plan], None]) -> Plan:
     """See :func:`llip_jax.planning.plan.plan`, whose work this is.
@@ -69,26 +72,38 @@ def answer(config: Config, target: Target, hlo: Path | None, tell: Callable[[Pla
     except jax.errors.JaxRuntimeError as error:
         return _with_changes(_refused(at_first, str(error), time.perf_counter() - begun), config)
     compiled: Any = program
-    said, text = compiled.memory_analysis(), compiled.as_text()
-    if hlo is not None:
-        hlo.write_text(text)
-    own = at_first.memory
+    known = _placed(at_first, compiled.memory_analysis(), time.perf_counter() - begun)
+    tell(dataclasses.replace(known, uncounted="the process ended while it read the program"))
+    try:
+        return _counted(known, compiled.as_text(), target, hlo)
+    except (jax.errors.JaxRuntimeError, LookupError, ValueError) as error:
+        # Of an unknown version of the compiler, its text may be another; what fits is known all the same.
+        return dataclasses.replace(known, uncounted=f"{type(error).__name__}: {error}")
+
+
+def _placed(plan: Plan, said: Any, compile_s: float) -> Plan:
+    """With the memory of the compiled program."""
+    own = plan.memory
     peak = said.argument_size_in_bytes + said.temp_size_in_bytes + said.generated_code_size_in_bytes
     peak += said.output_size_in_bytes - said.alias_size_in_bytes
     rest = peak - (own.parameters + own.optimizer + own.average + own.batch)
-    costs = program_costs(text)
     return dataclasses.replace(
-        at_first,
+        plan,
         memory=dataclasses.replace(own, temporaries=rest, peak=peak),
         fits=None if own.capacity is None else peak <= own.capacity,
-        work=Work(
-            costs.flops,
-            costs.hbm_bytes,
-            costs.collectives(),
-            costs.unknown,
-        ),
-        time=None if target.chip is None else step_estimate(costs, target.chip, target.sides, at_first.model_flops),
-        compile_s=time.perf_counter() - begun,
+        compile_s=compile_s,
+    )
+
+
+def _counted(plan: Plan, text: str, target: Target, hlo: Path | None) -> Plan:
+    """With what the compiled program does and how long it takes."""
+    if hlo is not None:
+        hlo.write_text(text)
+    costs = program_costs(text)
+    return dataclasses.replace(
+        plan,
+        work=Work(costs.flops, costs.hbm_bytes, costs.collectives(), costs.unknown),
+        time=None if target.chip is None else step_estimate(costs, target.chip, target.sides, plan.model_flops),
     )
 
 
@@ -116,8 +131,16 @@ def _memory(config: Config, target: Target, spec: StateSpec, mesh: Mesh) -> Memo
         kept_in_host=kept.host,
         temporaries=None,
         peak=None,
-        capacity=None if target.chip is None else target.chip.hbm_bytes // target.chip.devices_per_chip,
+        capacity=_capacity(target),
     )
+
+
+def _capacity(target: Target) -> int | None:
+    """Bytes of a device that a program may use."""
+    if target.chip is None:
+        return None
+    share = GPU_SHARE if target.platform == "gpu" else 1
+    return int(target.chip.hbm_bytes * share) // target.chip.devices_per_chip
 
 
 def _refused(plan: Plan, message: str, compile_s: float) -> Plan:
@@ -144,16 +167,24 @@ def _estimated(plan: Plan, config: Config, target: Target, spec: StateSpec) -> P
     own = dataclasses.replace(own, temporaries=temporaries, peak=peak)
     assert own.capacity is not None and target.chip is not None
     # Each layer that is not kept, and each piece of the batch, is computed once more: a third of its work.
-    recompute = 1 + ((config.model.remat == "layer") + (config.train.microbatches > 1)) / 3
+    recompute = 1 + ((config.model.remat in ("layer", "offload")) + (config.train.microbatches > 1)) / 3
     ideal = plan.model_flops / target.chips / target.chip.peak_bf16
+    # Out in the forward pass, back in the backward pass.
+    host = 2 * own.kept_in_host * config.train.microbatches / target.chip.host_rate
+    seconds = ideal * recompute / GPU_EFFICIENCY + host
     time = Estimate(
-        seconds=ideal * recompute / GPU_EFFICIENCY,
-        mfu=GPU_EFFICIENCY / recompute,
+        seconds=seconds,
+        mfu=ideal / seconds,
         recompute=recompute,
         parts={},
         compiler_seconds=None,
         compiler_mfu=None,
-        assumptions=(f"{GPU_EFFICIENCY:.0%} of the peak, recomputation counted as work; links not counted",),
+        assumptions=(
+            f"{GPU_EFFICIENCY:.0%} of the peak, recomputation counted as work; links not counted",
+            f"activations to the host and back at {target.chip.host_rate / 1e9:.0f} GB/s, waited for",
+            f"{GPU_SHARE:.0%} of the memory, JAX's default (XLA_PYTHON_CLIENT_MEM_FRACTION), "
+            f"less {ROOM:.0%} that the estimate leaves free",
+        ),
     )
     return dataclasses.replace(plan, memory=own, time=time, fits=peak <= own.capacity * (1 - ROOM))
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from llip_jax.planning.hlo_text import HBM, HOST, Array, Computation, Instruction, Module, parse
-from llip_jax.planning.matmuls import Matmul, convolution, dot
+from llip_jax.planning.matmuls import Matmul, convolution, dot, pad
 
 _COLLECTIVE = re.compile(
     "(all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|collective-broadcast)(-start)?$"
@@ -47,6 +47,28 @@ class Collective:
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """A Pallas kernel by what it states of itself."""
+
+    flops: int
+    transcendentals: int
+    rows: int
+    columns: int
+    """The last two dimensions of its first operand."""
+
+    def padded_flops(self, tile: int) -> float:
+        """FLOPs of a systolic array of ``tile`` x ``tile``, as if rows and columns were the sides that it holds.
+
+        So it is for attention over ``rows`` tokens of ``columns`` numbers a head, forward and backward.
+        """
+        return self.flops * pad(self.rows, tile) * pad(self.columns, tile) / (self.rows * self.columns)
+
+    def padded_transcendentals(self, lanes: int) -> float:
+        """Of a vector unit, as if of a matrix of so many columns as there are rows: attention's weights."""
+        return self.transcendentals * pad(self.rows, lanes) / self.rows
+
+
+@dataclass(frozen=True)
 class Cost:
     """One instruction of the schedule, per execution."""
 
@@ -54,8 +76,7 @@ class Cost:
     opcode: str
     op_name: str
     matmuls: tuple[Matmul, ...] = ()
-    kernel_flops: int = 0
-    """What a Pallas kernel states of itself."""
+    kernels: tuple[Kernel, ...] = ()
     hbm_bytes: int = 0
     """Read and written in the chip's main memory; what stays in on-chip memory is none."""
     host_bytes: int = 0
@@ -71,7 +92,7 @@ class Cost:
     @property
     def flops(self) -> int:
         """Of its matrix products; elementwise work is not counted."""
-        return sum(matmul.flops for matmul in self.matmuls) + self.kernel_flops
+        return sum(matmul.flops for matmul in self.matmuls) + sum(kernel.flops for kernel in self.kernels)
 
 
 @dataclass(frozen=True)
@@ -230,7 +251,7 @@ class _Reader:
         collective = None
         for where, part in inside:
             target = (part.attribute("custom_call_target") or "").strip('"') if part.opcode == "custom-call" else ""
-            if target and target not in _WITHOUT_PRODUCTS and _stated(part) is None:
+            if target and target not in _WITHOUT_PRODUCTS and _stated(where, part) is None:
                 self.unknown.append(f"{target} ({part.op_name or part.name})")
             if _COLLECTIVE.match(part.opcode) and part.attribute("channel_id") not in self.under_way:
                 collective = _collective(where, part, self.module.partitions)
@@ -241,14 +262,15 @@ class _Reader:
             self.under_way -= channels
         moved = [] if instruction.opcode.endswith("-done") else self.moved(computation, instruction)
         hbm, host = (sum(size for where, size in moved if where == space) for space in (HBM, HOST))
-        stated = [kernel for _, part in inside if (kernel := _stated(part)) is not None]
+        stated = [kernel for where, part in inside if (kernel := _stated(where, part)) is not None]
         return Cost(
             name=instruction.name,
             opcode=instruction.opcode,
             op_name=instruction.op_name,
             matmuls=tuple(product for where, part in inside if (product := _matmul(where, part)) is not None),
-            kernel_flops=sum(flops for flops, _ in stated),
-            hbm_bytes=sum(size for _, size in stated) or hbm,
+            kernels=tuple(kernel for kernel, _ in stated),
+            # A kernel states bytes without the padding of arrays in memory, but may read some more than once.
+            hbm_bytes=max(hbm, sum(size for _, size in stated)),
             host_bytes=host,
             cycles=instruction.cycles,
             collective=collective,
@@ -356,10 +378,17 @@ def _matmul(computation: Computation, instruction: Instruction) -> Matmul | None
     return (dot if instruction.opcode == "dot" else convolution)(instruction, left, right)
 
 
-def _stated(instruction: Instruction) -> tuple[int, int] | None:
-    """FLOPs and bytes of a Pallas kernel by its ``cost_estimate``."""
-    found = re.search(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"', instruction.attributes)
-    return (int(found[1]), int(found[2])) if found else None
+_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"(\d+)","bytes_accessed":"(\d+)"')
+
+
+def _stated(computation: Computation, instruction: Instruction) -> tuple[Kernel, int] | None:
+    """A Pallas kernel and the bytes it moves by its ``cost_estimate``."""
+    found = _ESTIMATE.search(instruction.attributes)
+    if found is None:
+        return None
+    shape = computation.operand(instruction, 0).results[0].shape if instruction.operands else ()
+    rows, columns = (1, 1, *shape)[-2:]
+    return Kernel(int(found[1]), int(found[2]), rows, columns), int(found[3])
 
 
 def _collective(computation: Computation, instruction: Instruction, devices: int) -> Collective:

@@ -30,12 +30,13 @@ class Matmul:
 
         The operand that stays is padded to whole tiles, the streaming side to 8 rows; the cheaper way round.
         """
-        contracted = _pad(self.contracted, tile)
-        area = min(_pad(a, tile) * _pad(b, 8) for a, b in [(self.rows, self.columns), (self.columns, self.rows)])
+        contracted = pad(self.contracted, tile)
+        area = min(pad(a, tile) * pad(b, 8) for a, b in [(self.rows, self.columns), (self.columns, self.rows)])
         return 2 * self.batch * area * contracted
 
 
-def _pad(size: float, multiple: int) -> int:
+def pad(size: float, multiple: int) -> int:
+    """The next multiple."""
     return math.ceil(size / multiple) * multiple
 
 

@@ -70,6 +70,7 @@ class Plan:
     model_flops: of one step over all devices.
     time: of a step; None for simulated devices, and where there is no program.
     failure: the compiler's words, where it made no program.
+    uncounted: why work and time are not known of a program that was compiled.
     """
 
     topology: str
@@ -89,6 +90,7 @@ class Plan:
     changes: tuple[Change, ...] = ()
     largest: tuple[str, ...] = ()
     failure: str = ""
+    uncounted: str = ""
     compile_s: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -157,8 +159,9 @@ def plan(config: Config, target: Target, hlo: Path | None = None) -> Plan:
         raise ConfigError(said["config_error"])
     found = from_json(said)
     if done.returncode:
+        what = "uncounted" if found.uncounted else "failure"
         end = "\n".join(done.stderr.strip().splitlines()[-_LINES:])
-        found = replace(found, failure=f"{found.failure} (exit code {done.returncode}):\n{end}")
+        found = replace(found, **{what: f"{getattr(found, what)} (exit code {done.returncode}):\n{end}"})
     return found
 
 

@@ -2,8 +2,9 @@
 
 An instruction takes as long as the busier of the matrix units and main memory, one instruction after the other.
 Transfers that the schedule starts early run beside what follows as far as links or memory are free, and delay the
-instruction that waits for them by the rest. Elementwise work is assumed to hide behind either. The compiler's own count
-of cycles, which knows what its instructions do, gives the second estimate.
+instruction that waits for them by the rest. Elementwise work is assumed to hide behind either, but not that of Pallas
+kernels, which comes between their products. The compiler's own count of cycles, which knows what its instructions do
+but counts none for kernels, gives the second estimate.
 """
 
 import math
@@ -32,8 +33,18 @@ HOP_SECONDS = 1e-6
 KERNEL_SECONDS = 1e-6
 """The least that a fusion or copy takes: libtpu counts 1,800 cycles and more for the smallest, 1.2 us on v5e."""
 
-PARTS = ("matrix products", "main memory", "collectives", "transfers")
-"""Of a step's time: bound by either, exposed exchanges between devices, exposed copies in memory and to the host."""
+VECTOR_OPERATIONS = 12
+"""Elementwise operations with each number that a kernel exponentiates: the mean of the 7 and 14 that the attention
+kernels (ops/attention.py) write forward and backward, and some for what a TPU has no single instruction for: the
+exponential is a product and a power of two, a division more. Powers (one register in 2 cycles on v4, by
+ayaka14732.github.io/pallas-tpu-tutorial/chapter01) are made beside them."""
+
+VECTOR_LANES = 128
+"""Of the vector unit of every TPU, to which rows of numbers are padded."""
+
+PARTS = ("matrix products", "vectors of kernels", "main memory", "collectives", "transfers")
+"""Of a step's time: bound by one of the three, exposed exchanges between devices, exposed copies in memory and to the
+host."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,7 @@ class _Machine:
 
     def step(self, cost: Cost, *, by_cycles: bool) -> _Run:
         """Time of one instruction that the device waits for."""
-        compute, memory = self.compute(cost), self.memory(cost.hbm_bytes)
+        compute, memory, vectors = self.compute(cost), self.memory(cost.hbm_bytes), self.vectors(cost)
         if cost.collective is not None and cost.starts is None:
             wire = self.wire(cost.collective)
             return _Run({"collectives": max(wire, memory)}, {"links": wire, "memory": memory})
@@ -135,16 +146,25 @@ class _Machine:
             host = self.host(cost)
             return _Run({"transfers": host}, {"host": host, "memory": memory})
         least = KERNEL_SECONDS if cost.opcode in ("fusion", "copy", "custom-call") and cost.ends is None else 0.0
-        seconds = max(compute, memory, least)
+        seconds = max(compute + vectors, memory, least)
         if by_cycles and cost.cycles is not None and self.chip.clock is not None:
             seconds = cost.cycles / self.chip.clock
-        part = "matrix products" if compute > memory else "main memory"
-        return _Run({part: seconds}, {"memory": min(memory, seconds)})
+        busy = {"memory": min(memory, seconds)}
+        if compute + vectors <= memory:
+            return _Run({"main memory": seconds}, busy)
+        return _Run({"matrix products": seconds - vectors, "vectors of kernels": vectors}, busy)
 
     def compute(self, cost: Cost) -> float:
         """Seconds of the matrix units."""
-        flops = sum(matmul.padded_flops(self.chip.mxu) for matmul in cost.matmuls) + cost.kernel_flops
+        flops = math.fsum(product.padded_flops(self.chip.mxu) for product in (*cost.matmuls, *cost.kernels))
         return flops * self.devices_per_chip / (self.chip.peak_bf16 * MATMUL_EFFICIENCY)
+
+    def vectors(self, cost: Cost) -> float:
+        """Seconds of the vector unit, of kernels."""
+        if self.chip.vector_rate is None:
+            return 0.0
+        numbers = math.fsum(kernel.padded_transcendentals(VECTOR_LANES) for kernel in cost.kernels)
+        return numbers * VECTOR_OPERATIONS * self.devices_per_chip / self.chip.vector_rate
 
     def memory(self, size: int) -> float:
         """Seconds of main memory."""
@@ -197,9 +217,14 @@ class _Machine:
             f"links {chip.link_rate / 1e9:.0f} GB/s each way x {LINK_EFFICIENCY:.0%}, {HOP_SECONDS * 1e6:.0f} us a hop",
             "groups of devices fill whole sides of the slice first; a ring has two links, a line one",
             "instructions run one after the other, bound by products or memory; elementwise work hides",
+            "kernels (Pallas) by the FLOPs, exponentials and bytes that they state, padded as their first operand is",
             "asynchronous transfers run beside computation as far as links and memory are free",
-            "kernels (Pallas) by the FLOPs and bytes that they state",
         ]
+        if chip.vector_rate is not None:
+            lines.append(
+                f"after their products {VECTOR_OPERATIONS} elementwise operations with each exponential, "
+                f"{chip.vector_rate / 1e12:.1f} T a second"
+            )
         return (*lines, *([] if chip.clock is None else [f"the compiler's cycles at {chip.clock / 1e9:.2f} GHz"]))
 
 

@@ -12,7 +12,7 @@ from llip_jax.planning.plan import Plan
 from llip_jax.planning.target import Target, resolved_for
 
 Remat = Literal["none", "offload", "dots", "layer"]
-REMATS: tuple[Remat, ...] = ("none", "offload", "dots", "layer")
+REMATS: tuple[Remat, ...] = ("none", "dots", "layer", "offload")
 """From what keeps most on the device to what keeps least."""
 PIECES = (1, 2, 4, 8)
 TEXT_BLOCKS = (128, 512)
@@ -156,10 +156,11 @@ def _stages(config: Config, found: Search, splits: list[tuple[int, int, int]], b
         if found.fitting() is not None and found.fitting() != setting:
             break
     for pieces in PIECES:
-        if found.plans and found.fitting() is None:
-            setting = found.ranked[0][0]._replace(remat="layer", microbatches=pieces)
-            if _possible(config, found, setting):
-                yield setting
+        for remat in REMATS[-2:]:
+            if found.plans and found.fitting() is None:
+                setting = found.ranked[0][0]._replace(remat=remat, microbatches=pieces)
+                if _possible(config, found, setting):
+                    yield setting
     for remat in REMATS:
         for pieces in PIECES:
             if (best := found.fitting()) is None:

@@ -114,6 +114,9 @@ def _bar(shares: Sequence[int], capacity: int) -> str:
 
 def _lacking(plan: Plan) -> list[str]:
     lines = []
+    if plan.uncounted:
+        lines += ["it compiled; what a step does and takes is not known, as its program's text could not be read"]
+        lines += [_wrapped(line) for line in plan.uncounted.strip().splitlines()[:_LINES]]
     if plan.failure:
         lines += ["what the compiler says", *(_wrapped(line) for line in plan.failure.strip().splitlines()[:_LINES])]
     if plan.largest:

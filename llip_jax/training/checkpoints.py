@@ -13,17 +13,27 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from llip_jax.command_line import RunFailed
 from llip_jax.config import CheckpointConfig, ConfigError
 from llip_jax.parallel import processes
 from llip_jax.training.digest import leaf_types, state_digest
 from llip_jax.training.paths import Params, by_path, merged, part
+from llip_jax.training.save_barriers import SaveBarriers
 from llip_jax.training.state import TrainState
 
 _T = TypeVar("_T")
 
+_TIMEOUT_S = 600
+"""What Orbax waits for is given up after this long. Below faults.step_s: a save that fails is no run that hangs."""
+
+_TRIES_AFTER_S = (0.0, 1.0, 4.0)
+"""Pauses before each attempt to read or list: network file systems fail for a moment, and show what was there before."""
+
+_BLOCK_BYTES = 2**24
+
 
 class Damaged(ConfigError):
-    """A checkpoint that does not read back as it was written."""
+    """A checkpoint that does not read back as it was written: not for want of a network, a right or memory."""
 
 
 class SaveFailed(OSError):
@@ -33,7 +43,7 @@ class SaveFailed(OSError):
 class Progress(NamedTuple):
     """What a run needs beside the state to go on.
 
-    examples_seen: the data position; the next batch starts at this global index.
+    examples_seen: images trained on.
     elapsed_s: seconds of training so far, over all restarts.
     replaced: samples so far that others stood in for, by what was wrong with them.
     data_fingerprint: of the training data and the tokenizer.
@@ -70,22 +80,40 @@ class _Saved(NamedTuple):
 class Checkpoints:
     """Numbered checkpoints in one directory. A checkpoint appears under its number only once it is complete.
 
-    All processes of a run make the same calls in the same order.
+    Kept are the newest ``keep``, every ``keep_every_steps``-th, and the newest of a multiple of ``every_steps``, to
+    which a run can go back whenever it saves besides. All processes of a run make the same calls in the same order.
+
+    Args:
+        timeout_s: after which a save fails, and with several processes what one of them is waited for in it.
+        sleep: between attempts to read.
+
+    Raises:
+        RunFailed: the processes do not see the same checkpoints.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig, *, read_only: bool = False):
-        self._directory = directory.absolute()
+    def __init__(
+        self,
+        directory: Path,
+        config: CheckpointConfig,
+        *,
+        read_only: bool = False,
+        timeout_s: int = _TIMEOUT_S,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        self._directory, self._sleep = directory.absolute(), sleep
+        self._barriers = SaveBarriers() if jax.process_count() > 1 else None
         logging.getLogger("absl").addFilter(_no_traceback_of_orbax)
         with _without_warnings() if read_only else nullcontext():  # that reading is all it does
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep,
-                keep_period=config.keep_every_steps,
+                preservation_policy=_preservation(config),
                 enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(timeout_secs=timeout_s, barrier_sync_fn=self._barriers),
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
                 create=not read_only,
             )
             self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._agree_on_steps()
 
     @property
     def latest(self) -> int | None:
@@ -104,10 +132,10 @@ class Checkpoints:
 
         Raises:
             SaveFailed: this checkpoint cannot be written, or the one before it, which was still being written, has
-                failed; then this one has been started all the same.
+                failed; then this one has been started all the same. It is raised in all processes where one fails.
         """
         step = int(state.step)
-        if step == self.latest:
+        if processes.same(step == self.latest):
             return
         earlier = self._outcome()
         self._check_writable(step)
@@ -120,6 +148,8 @@ class Checkpoints:
             state=ocp.args.PyTreeSave(state._asdict()),
             progress=ocp.args.JsonSave({**content, "check": _check_value(content)}),
         )
+        if self._barriers is not None:
+            self._barriers.begin()
         try:
             self._manager.save(step, args=items)
         except Exception as error:
@@ -158,10 +188,29 @@ class Checkpoints:
         Raises:
             ConfigError: all checkpoints are damaged (none is moved then), damaged ones cannot be moved, or the newest
                 whole one is of another tree than ``abstract``.
+            RunFailed: one cannot be read, which says nothing about its being damaged; nothing is moved.
         """
+        return self._newest(abstract, every=1)
+
+    def rewind(self, abstract: TrainState, every: int) -> tuple[TrainState, Progress, list[str]] | None:
+        """As :meth:`restore_newest`, but of the checkpoints at multiples of ``every``; removes those of later steps.
+
+        Where a run goes back to does not depend on when else it was saved: by the clock, a signal, or an evaluation.
+        What comes after is of a path that is left, and its steps are to be saved again.
+
+        Raises:
+            ConfigError, RunFailed: as :meth:`restore_newest`, or checkpoints of later steps cannot be removed.
+        """
+        found = self._newest(abstract, every)
+        if found is not None:
+            step = int(found[0].step)
+            self._remove([later for later in processes.same(self.steps) if later > step])
+        return found
+
+    def _newest(self, abstract: TrainState, every: int) -> tuple[TrainState, Progress, list[str]] | None:
         failure = self._outcome()
         damaged: dict[int, str] = {}
-        for step in reversed(processes.same(self.steps)):
+        for step in reversed([step for step in processes.same(self.steps) if step % every == 0]):
             try:
                 saved = self._saved(step)
                 state = self._restore(step, abstract, saved)
@@ -185,6 +234,7 @@ class Checkpoints:
 
         Raises:
             Damaged: the checkpoint does not read back as it was written.
+            RunFailed: it cannot be read.
             ConfigError: the checkpoint's tree differs from ``abstract``; every difference is listed.
         """
         saved = self._saved(step)
@@ -207,9 +257,11 @@ class Checkpoints:
         return merged(restored.get("params", {}), restored.get("ema", {}))
 
     def check_newest(self, abstract: TrainState) -> None:
-        """Raises ConfigError where the newest checkpoint holds another tree than ``abstract``; reads no array.
+        """Reads no array. A damaged checkpoint is none; :meth:`restore_newest` tells.
 
-        A damaged checkpoint is none; :meth:`restore_newest` tells.
+        Raises:
+            ConfigError: the newest checkpoint holds another tree than ``abstract``.
+            RunFailed: it cannot be read.
         """
         for step in reversed(processes.same(self.steps)):
             with suppress(Damaged):
@@ -238,8 +290,9 @@ class Checkpoints:
                 if not torn:
                     break
                 time.sleep(0.1)
-        if self._directory.is_dir():  # It may come back with all that was in it.
+        if not processes.any_of(not self._directory.is_dir()):  # It may come back with all that was in it.
             self._manager.reload()
+            self._agree_on_steps()
 
     def _check_writable(self, step: int) -> None:
         """Raises SaveFailed in every process before Orbax would fail in the first and wait for ever in the others."""
@@ -269,7 +322,35 @@ class Checkpoints:
         if reason:
             raise ConfigError(f"checkpoint {step} is damaged and cannot be moved to {moved}: {reason}")
         self._manager.reload()
+        self._agree_on_steps()
         return moved
+
+    def _remove(self, steps: list[int]) -> None:
+        reason = ""
+        if jax.process_index() == 0:
+            try:
+                for step in steps:
+                    # Under this name it is no checkpoint, and goes at the next start if this is interrupted.
+                    torn = self._directory / f"{step}{ocp.utils.TMP_DIR_SUFFIX}-removed"
+                    (self._directory / str(step)).rename(torn)
+                    shutil.rmtree(torn, ignore_errors=True)
+            except OSError as error:
+                reason = _reason(error)
+        if reason := processes.same(reason):
+            raise RunFailed(f"checkpoints {steps} in {self._directory} cannot be removed: {reason}")
+        self._manager.reload()
+        self._agree_on_steps()
+
+    def _agree_on_steps(self) -> None:
+        """Waits until all processes list the same checkpoints, by which Orbax decides in each what to do."""
+        for pause_s in _TRIES_AFTER_S:
+            if pause_s:
+                self._sleep(pause_s)
+                self._manager.reload()
+            seen = processes.same(self.steps)
+            if not processes.any_of(seen != self.steps):
+                return
+        raise RunFailed(f"not all processes see the checkpoints in {self._directory} that process 0 does: {seen}")
 
     def _saved(self, step: int) -> _Saved:
         folder = self._manager.directory / str(step)
@@ -312,14 +393,26 @@ class Checkpoints:
         return restored
 
     def _in_all_processes(self, step: int, read: Callable[[], _T]) -> _T:
-        """What ``read`` returns. Raises Damaged in all processes where it fails in one, so that they stay together."""
-        reason = ""
-        try:
-            result = read()
-        except Exception as error:  # JSON, Orbax, TensorStore and the file system have errors of their own
-            reason = _reason(error)
-        if processes.any_of(bool(reason)):
-            raise Damaged(f"checkpoint {step} is damaged: {reason or 'another process cannot read it'}")
+        """What ``read`` returns. Where it fails in one process it raises in all, so that they stay together.
+
+        Raises:
+            Damaged: the files can be read, or are not there, and make no checkpoint.
+            RunFailed: they cannot be read.
+        """
+        for pause_s in _TRIES_AFTER_S:
+            self._sleep(pause_s)
+            reason, unreadable = "", False
+            try:
+                result = read()
+                break
+            except Exception as error:  # JSON, Orbax, TensorStore and the file system have errors of their own
+                reason, unreadable = _reason(error), not _proves_damage(error, self._directory / str(step))
+        failed, unreadable = processes.any_of(bool(reason)), processes.any_of(unreadable)
+        reason = reason or "another process cannot read it"
+        if unreadable:
+            raise RunFailed(f"checkpoint {step} in {self._directory} cannot be read and is left as it is: {reason}")
+        if failed:
+            raise Damaged(f"checkpoint {step} is damaged: {reason}")
         return result
 
     def _refuse_difference(self, step: int, saved: Mapping[str, str], wanted: dict[str, Any]) -> None:
@@ -352,6 +445,28 @@ def _restore_as(abstract: dict[str, Any]) -> ocp.args.PyTreeRestore:
     return ocp.args.PyTreeRestore(
         abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
     )
+
+
+def _preservation(config: CheckpointConfig) -> ocp.checkpoint_managers.PreservationPolicy:
+    every = ocp.checkpoint_managers.EveryNSteps
+    policies = [ocp.checkpoint_managers.LatestN(config.keep), every(config.every_steps, max_to_keep=1)]
+    if config.keep_every_steps is not None:
+        policies.append(every(config.keep_every_steps))
+    return ocp.checkpoint_managers.AnyPreservationPolicy(policies)
+
+
+def _proves_damage(error: Exception, folder: Path) -> bool:
+    """Whether an error of reading comes from what is written there, and not from the way to it."""
+    if isinstance(error, OSError | MemoryError | jax.errors.JaxRuntimeError):
+        return isinstance(error, FileNotFoundError)
+    try:  # TensorStore's errors are all of one kind, its file system's too.
+        for file in (path for path in folder.rglob("*") if path.is_file()):
+            with file.open("rb") as stream:
+                while stream.read(_BLOCK_BYTES):
+                    pass
+    except OSError:
+        return False
+    return True
 
 
 def _check_value(content: Mapping[str, Any]) -> int:

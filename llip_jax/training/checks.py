@@ -47,13 +47,15 @@ def check_divided(config: Config, state: TrainState, mesh: Mesh) -> None:
         return
     path, largest = max(whole, key=lambda leaf: leaf[1].size)
     name = jax.tree_util.keystr(path, simple=True, separator="/")
+    share = f"{replicated / total:.0%} of the parameters would lie whole on every device, the largest {name} "
+    share += f"{list(largest.shape)}"
     shape = model_shape(config.model)
     widths = (shape.vision.width, shape.text.width)
-    fits = math.gcd(devices, *widths)
+    if (fits := math.gcd(devices, *widths)) == devices:
+        raise ConfigError(f"mesh.fsdp={devices}: {share}, which no rule divides. Expected mesh.data in its place")
     raise ConfigError(
-        f"mesh.fsdp={devices} does not divide the towers' widths, {widths[0]} and {widths[1]}, so that "
-        f"{replicated / total:.0%} of the parameters would lie whole on every device, the largest {name} "
-        f"{list(largest.shape)}. Expected mesh.fsdp={fits} and mesh.data={mesh.shape['data'] * devices // fits}"
+        f"mesh.fsdp={devices} does not divide the towers' widths, {widths[0]} and {widths[1]}, so that {share}. "
+        f"Expected mesh.fsdp={fits} and mesh.data={mesh.shape['data'] * devices // fits}"
     )
 
 

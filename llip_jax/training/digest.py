@@ -20,8 +20,12 @@ def state_digest(tree: Any) -> dict[str, str]:
     No array leaves its device: each device adds up its own part, and only the sums are exchanged. All processes of a
     run call this together.
     """
-    # One after the other: programs that run at the same time on devices simulated by a CPU may wait for each other.
-    return {path: f"{jax.device_get(digest(x)):08x}" for path, x in _by_path(tree).items()}
+    sums = {}
+    for path, x in _by_path(tree).items():
+        sums[path] = digest(x)
+        if jax.default_backend() == "cpu":  # Programs on devices simulated at the same time may wait for each other.
+            sums[path].block_until_ready()
+    return {path: f"{value:08x}" for path, value in jax.device_get(sums).items()}
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

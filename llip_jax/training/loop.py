@@ -65,6 +65,7 @@ def train(
     workdir: Path,
     *,
     profile: range = range(0),
+    stop: StopRequest | None = None,
     clock: Callable[[], float] = time.perf_counter,
     wall_clock: Callable[[], float] = time.time,
 ) -> int:
@@ -76,41 +77,47 @@ def train(
 
     Args:
         profile: steps to trace into WORKDIR/profile.
+        stop: where signals are heard already; None: from here on.
 
     Raises:
         ConfigError: bad configuration, data or run directory.
         Diverged: loss or gradient is not finite, or the loss too high, by ``faults``.
         SaveFailed: checkpoints cannot be written.
     """
-    mesh = make_mesh(config.mesh)
-    check_batch(config, mesh)
-    processes.check_shared(workdir)
-    first = jax.process_index() == 0
-    peak = peak_flops(list(mesh.devices.flat))
-    ideal_step_s = peak and train_step_flops(config) / peak
-    with StopRequest() as stop, ExitStack() as stack:
-        with stop.at_once():
-            stop.install()  # once more: libtpu has its own handlers
-            lock = stack.enter_context(RunLock(workdir)) if first else None
-            watchdog = stack.enter_context(Watchdog(workdir, jax.process_index()))
-            watchdog.beat(config.faults.start_s, "the first step")
-            stack.enter_context(jax.set_mesh(mesh))
-            goodput = Goodput(
-                workdir if first else None,
-                batch_size=config.train.batch_size,
-                ideal_step_s=ideal_step_s,
-                clock=clock,
-                wall_clock=wall_clock,
-            )
-            try:
-                with goodput.phase("start"):
-                    begun = _begin(config, workdir, mesh, goodput, clock)
-            except ConfigError:
-                goodput.discard()
-                raise
+    with ExitStack() as stack:
+        if stop is None:
+            stop = stack.enter_context(StopRequest())
+        stop.begin()
+        mesh, first = make_mesh(config.mesh), jax.process_index() == 0
+        stop.install()  # once more: libtpu has its own handlers
+        check_batch(config, mesh)
+        processes.check_shared(workdir)
+        peak = peak_flops(list(mesh.devices.flat))
+        ideal_step_s = peak and train_step_flops(config) / peak
+        lock = stack.enter_context(RunLock(workdir)) if first else None
+        watchdog = stack.enter_context(Watchdog(workdir, jax.process_index()))
+        watchdog.beat(config.faults.start_s, "the first step")
+        stack.enter_context(jax.set_mesh(mesh))
+        goodput = Goodput(
+            workdir if first else None,
+            batch_size=config.train.batch_size,
+            ideal_step_s=ideal_step_s,
+            clock=clock,
+            wall_clock=wall_clock,
+        )
+        try:
+            with goodput.phase("start"):
+                begun = _begin(config, workdir, mesh, goodput, clock)
+        except ConfigError:
+            goodput.discard()
+            raise
+        except BaseException:
+            goodput.end("failed")
+            raise
         if begun is None:
             goodput.discard()
             return EXIT_FINISHED
+        stop.started()
         trainer = Trainer(
             config=config,
             workdir=workdir,
@@ -181,7 +188,7 @@ def _begin(config: Config, workdir: Path, mesh: Mesh, goodput: Goodput, clock: C
         _say(f"data: {source.summary()} to train on, {len(eval_set.source):,} samples to evaluate")
         data_ready = clock()
         identity = {**source.identity(), "tokenizer": tokenizer.fingerprint}
-        with goodput.phase("restore"):
+        with goodput.phase("start" if latest is None else "restore"):
             state, progress = _restore_or_init(config, checkpoints, optimizer, spec, workdir, identity)
         if first:
             run_directory.describe(workdir, config, spec.abstract, identity)

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -23,12 +23,14 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal_name: str | None = None
         self._previous: dict[int, Any] = {}
+        self._start, self._beginning = ExitStack(), False
 
     def __enter__(self) -> "StopRequest":
         self.install()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.started()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -40,6 +42,17 @@ class StopRequest:
         for number in _SIGNALS:
             previous = signal.signal(number, self._on_signal)
             self._previous.setdefault(number, previous)
+
+    def begin(self) -> None:
+        """From here to :meth:`started` a signal ends the process at once, see :meth:`at_once`."""
+        if not self._beginning:
+            self._beginning = True
+            self._start.enter_context(self.at_once())
+
+    def started(self) -> None:
+        """From here on there may be something to save, and a signal waits to be asked for."""
+        self._start.close()
+        self._beginning = False
 
     def check(self) -> None:
         """Raises Stopped once a signal has arrived."""

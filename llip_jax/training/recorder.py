@@ -158,8 +158,8 @@ class Recorder:
         else:
             policy, field = faults.not_finite, "not_finite"
             what = (
-                f"step {step}: loss {loss}, gradient norm {norm}: these or the new parameters are not finite. The "
-                "newest checkpoint is from before this step"
+                f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}: these or the new parameters are not finite. "
+                "Checkpoints are from before this step"
             )
         if policy == "rewind":
             raise Rewind(step, f"{what} (faults.{field}='rewind')")

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -14,9 +15,17 @@ from typing import Any
 
 from llip_jax.command_line import EXIT_FAILED, end_process
 from llip_jax.config import ConfigError
+from llip_jax.parallel import processes
+from llip_jax.training.last_words import within
 
 _PATIENCE = 3
 """Beats, a minute in all: as long as a network file system may show a file as it was (NFS, gcsfuse)."""
+
+_RECORD_BYTES = 1024
+"""Always as many: a record is written over the one before, and a longer number must not change the file's size."""
+
+_TELL_S = 1.5
+"""The other processes look about every second, and what this one is saving must not go on for much longer."""
 
 
 class RunLock:
@@ -24,7 +33,7 @@ class RunLock:
 
     A thread counts up a number in the file. A newcomer on the holder's machine sees whether that process lives; on any
     other it watches whether the number moves. A holder whose lock another run has taken over, as it was frozen, ends
-    itself.
+    itself at the next beat or :meth:`check`; what its threads were saving until then may still reach the disk.
 
     Args:
         machine: within which process ids are unique; "" where the system does not tell.
@@ -79,18 +88,22 @@ class RunLock:
         os.close(self._file)
 
     def check(self) -> None:
-        """Ends the process with exit code 1 if another run has taken over; to be called before anything is saved."""
+        """Ends the process with exit code 1 if another run has taken over; to be called before a save begins."""
         try:
             content = self._read()
         except OSError:  # not to be seen for the moment
             return
-        if content is None or (found := _parsed(content))["token"] == self._token:
+        if content is None or (found := _parsed(content))["token"] in ("", self._token):
             return
-        end_process(
-            EXIT_FAILED,
-            f"\nerror: {found['holder']} has taken over {self._path.parent}, as this run gave no sign of life for a "
-            "while; it ends before it writes more",
+        text = (
+            f"error: {found['holder']} has taken over {self._path.parent}, as this run gave no sign of life for a "
+            "while, and ends itself"
         )
+        try:
+            print(f"\n{text}", file=sys.stderr, flush=True)
+            within(_TELL_S, processes.report, EXIT_FAILED, text)
+        finally:
+            end_process(EXIT_FAILED)
 
     def _keep(self) -> None:
         beat = 0
@@ -111,7 +124,7 @@ class RunLock:
             ) from None
 
     def _write(self, beat: int) -> None:
-        os.pwrite(self._file, json.dumps({**self._content, "beat": beat}).encode(), 0)
+        os.pwrite(self._file, json.dumps({**self._content, "beat": beat}).encode().ljust(_RECORD_BYTES), 0)
         os.fsync(self._file)
 
     def _read(self) -> bytes | None:
@@ -162,7 +175,8 @@ def _start_of(pid: int) -> str:
 
 
 def _parsed(content: bytes | None) -> dict[str, Any]:
+    """Without a token where it is no whole record: not written yet, or seen in part."""
     try:
         return json.loads(content or b"")
-    except ValueError:  # not written yet
+    except ValueError:
         return {"holder": "another run", "machine": "", "token": ""}

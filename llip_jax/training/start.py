@@ -20,6 +20,7 @@ from llip_jax.interop import formats
 from llip_jax.interop.surgery import Adapted, adapt, adapted_config, check_fit
 from llip_jax.interop.weights import Weights, sections
 from llip_jax.models.dual_encoder import abstract_model
+from llip_jax.parallel import processes
 from llip_jax.training import run_directory
 
 RUN = "run"
@@ -77,7 +78,7 @@ def completed(raw: Mapping[str, Any], workdir: Path | None) -> dict[str, Any]:
     path = raw.get("init", {}).get("from")
     if not path:
         return dict(raw)
-    if workdir is not None and (workdir / "config.json").exists():
+    if workdir is not None and processes.same((workdir / "config.json").exists()):
         before = to_dict(run_directory.read_config(workdir))
         # The same place by another name is no other source.
         same = os.path.abspath(path) == os.path.abspath(before["init"]["from"])

@@ -32,6 +32,9 @@ from llip_jax.training.state import TrainState
 from llip_jax.training.step import DEVICE_COLUMNS, NOTICE_SAVE, NOTICE_STOP, TrainStep, steering
 from llip_jax.training.watchdog import Watchdog
 
+_LOST = ("Gloo", "gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat", "Connection")
+"""What errors say where a process that was waited for is gone."""
+
 
 @dataclass(kw_only=True)
 class Trainer:
@@ -73,12 +76,20 @@ class Trainer:
             Diverged: as ``faults`` asks, or where going back does not help.
             RunFailed: saving has failed ``checkpoint.failures`` times in a row, or at the last chance.
         """
-        with closing(Profile(self.profile, self.workdir, lambda: self._recorder.flush())) as profile:
-            while True:
-                ended = self._stretch(state, progress, profile)
-                if isinstance(ended, int):
-                    return ended
-                state, progress = self._rewound(ended, progress)
+        try:
+            with closing(Profile(self.profile, self.workdir, lambda: self._recorder.flush())) as profile:
+                while True:
+                    ended = self._stretch(state, progress, profile)
+                    if isinstance(ended, int):
+                        return ended
+                    state, progress = self._rewound(ended, progress)
+        except (ValueError, RuntimeError) as error:
+            if jax.process_count() == 1 or not any(sign in str(error) for sign in _LOST):
+                raise
+            raise RunFailed(
+                "an exchange with the other processes failed: one of them has ended, and its log may tell why. The same "
+                f"command goes on from the newest checkpoint. ({str(error).splitlines()[0]})"
+            ) from error
 
     def _stretch(self, state: TrainState, progress: Progress, profile: Profile) -> "int | Rewind":
         """Trains from a state on, until the end or the need to go back."""
@@ -119,7 +130,7 @@ class Trainer:
             # Before an evaluation too: whoever is killed in it has lost nothing.
             due = last or stopping or evaluating or step % config.checkpoint.every_steps == 0
             if step > 0 and (due or self._recorder.save_asked):
-                self._save(step, state, progress, begun_at)
+                self._save(step, state, progress, begun_at, vital=last or stopping)
             if evaluating:
                 self._recorder.flush()
                 stopping = not self._evaluate(step, state, writer)
@@ -165,8 +176,11 @@ class Trainer:
         minutes = self.config.checkpoint.every_minutes
         return self.first and minutes is not None and self.clock() - self._saved_at >= 60 * minutes
 
-    def _save(self, step: int, state: TrainState, progress: Progress, begun_at: float) -> None:
-        """Starts a checkpoint of this step, unless it has one. ``progress`` is that of the start, at ``begun_at``."""
+    def _save(self, step: int, state: TrainState, progress: Progress, begun_at: float, *, vital: bool) -> None:
+        """Starts a checkpoint of this step, unless it has one.
+
+        ``progress`` is that of the start, at ``begun_at``; ``vital``: there will be no other time to save.
+        """
         # Nothing is saved before its step is known to be good, at the price of waiting for it.
         self._recorder.flush()
         self._recorder.save_asked = False
@@ -178,14 +192,19 @@ class Trainer:
         )
         try:
             with self.goodput.phase("save"):
+                # What writes checkpoints would make a directory that is gone anew, with nothing else in it.
+                if not processes.same((self.workdir / "config.json").exists()):
+                    raise SaveFailed(f"checkpoint {step}: {self.workdir} is gone, or not what it was")
                 self.checkpoints.save(state, now)
             self._failed_saves = 0
         except SaveFailed as error:
             self._failed_saves += 1
             limit = self.config.checkpoint.failures
-            if self._failed_saves >= limit:
-                raise RunFailed(f"{error} ({self._failed_saves} in a row, checkpoint.failures={limit})") from error
-            print(f"\nwarning: {error}. Training goes on; the earlier checkpoints are as they were", file=sys.stderr)
+            if not vital and self._failed_saves >= limit:
+                raise RunFailed(f"{error} ({self._failed_saves} in a row; checkpoint.failures={limit})") from error
+            # Of the last save, what failed may be the one before it: waiting for it will tell.
+            goes_on = "" if vital else "Training goes on; "
+            print(f"\nwarning: {error}. {goes_on}earlier checkpoints are as they were", file=sys.stderr)
         self._saved_at = self.clock()
 
     def _finish_saving(self, step: int) -> None:
@@ -195,14 +214,18 @@ class Trainer:
                 self.checkpoints.wait()
         except SaveFailed as error:
             raise RunFailed(str(error)) from error
-        if step > 0 and self.checkpoints.latest != step:
-            raise RunFailed(f"step {step} could not be saved; the newest checkpoint is {self.checkpoints.latest}")
+        newest = processes.same(self.checkpoints.latest)
+        if step > 0 and newest != step:
+            raise RunFailed(f"step {step} could not be saved; the newest checkpoint is {newest}")
 
     def _rewound(self, rewind: Rewind, progress: Progress) -> tuple[TrainState, Progress]:
-        """The newest checkpoint, to go on from without the batches up to and with the bad one."""
+        """The newest checkpoint of ``checkpoint.every_steps``, to go on from without the batches up to the bad one's.
+
+        Not any other one: where a run goes back to must not depend on when it was stopped or evaluated.
+        """
         self._beat("the newest checkpoint")
         with self.goodput.phase("restore"):
-            found = self.checkpoints.restore_newest(self.abstract)
+            found = self.checkpoints.rewind(self.abstract, self.config.checkpoint.every_steps)
         if found is None:
             raise Diverged(f"{rewind}, and there is no checkpoint to go back to")
         state, before, notes = found
@@ -228,14 +251,18 @@ class Trainer:
 
     def _evaluate(self, step: int, state: TrainState, writer: MetricsWriter) -> bool:
         """Writes eval/STEP.json; False when a signal interrupted it."""
-        # The first block waits for the compiler.
-        self.watchdog.beat(self.config.faults.start_s, f"the evaluation of step {step}")
+
+        def beat() -> None:
+            # Blocks wait for compilers, and what follows them takes its time.
+            self.watchdog.beat(self.config.faults.start_s, f"a block of the evaluation of step {step}")
+
+        beat()
         try:
             with self.goodput.phase("evaluation"), progress_of(self.evaluator.work, "item", "evaluating") as progress:
 
                 def advance(items: int) -> None:
                     progress(items)
-                    self._beat(f"a block of the evaluation of step {step}")
+                    beat()
                     if processes.any_of(self.stop.signal_name is not None):
                         raise Stopped
 

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llip_jax.command_line import EXIT_FAILED, end_process
+from llip_jax.parallel import processes
+from llip_jax.training.last_words import within
 
 _STDERR = 2
 _POLL_S = 0.25
 _GRACE_S = 1.0
+_TELL_S = 5.0
 
 
 class _Awaited(NamedTuple):
@@ -26,7 +29,7 @@ class Watchdog:
 
     The traces go to standard error and into WORKDIR/hangs. A thread of Python's writes them; where that cannot, because
     the interpreter's lock is held or the file system hangs, faulthandler's C thread does to standard error alone, a
-    second later.
+    second later. The other processes are told, but for the case of that lock.
     """
 
     def __init__(self, workdir: Path, process_index: int):
@@ -67,19 +70,28 @@ class Watchdog:
 
     def _end(self, awaited: _Awaited) -> None:
         path = self._folder / f"{time.strftime('%Y%m%d-%H%M%S')}-process{self._process_index}.txt"
-        message = (
+        reason = (
             f"error: process {self._process_index} has waited more than {awaited.seconds:g} s for {awaited.what}, and "
-            "ends itself. Where its threads are stands below, the latest call first. The same command goes on from "
-            "the newest checkpoint; if so long a time is usual, raise faults.step_s (before the first step: "
+            "ends itself"
+        )
+        message = (
+            f"{reason}. Where its threads are stands below, the latest call first. The same command goes on from the "
+            "newest checkpoint; if so long a time is usual, raise faults.step_s (before the first step: "
             "faults.start_s).\n"
         )
         try:
+            faulthandler.dump_traceback_later(_TELL_S + 2 * _GRACE_S, exit=True, file=_STDERR)
             print(f"\n{message}It is kept in {path}.\n", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(_STDERR, all_threads=True)
-            with suppress(OSError):
-                path.parent.mkdir(exist_ok=True)
-                with path.open("w") as file:
-                    print(message, file=file, flush=True)
-                    faulthandler.dump_traceback(file, all_threads=True)
+            within(_GRACE_S, _keep, path, message)
+            within(_TELL_S, processes.report, EXIT_FAILED, f"{reason}; {path} says where its threads were")
         finally:
             end_process(EXIT_FAILED)
+
+
+def _keep(path: Path, message: str) -> None:
+    with suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w") as file:
+            print(message, file=file, flush=True)
+            faulthandler.dump_traceback(file, all_threads=True)
