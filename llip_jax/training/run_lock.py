@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llip_jax.command_line import EXIT_FAILED, end_process
+from llip_jax.command_line import EXIT_FAILED, RunFailed, end_process
 from llip_jax.config import ConfigError
 from llip_jax.parallel import processes
 from llip_jax.training.last_words import within
@@ -41,7 +41,8 @@ class RunLock:
         sleep: waits so many seconds.
 
     Raises:
-        ConfigError: another run holds the lock, or WORKDIR cannot be written.
+        RunFailed: another run holds the lock.
+        ConfigError: WORKDIR cannot be written.
     """
 
     def __init__(
@@ -118,9 +119,10 @@ class RunLock:
         try:
             return os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
         except FileExistsError:
-            raise ConfigError(
+            # No mistake of configuration: a launcher that starts a run again may meet the one before, still saving.
+            raise RunFailed(
                 f"--workdir: {self._path.parent} is in use by {_parsed(self._read())['holder']}; stop that run or use "
-                f"another directory. (If there is no such run any more, remove {self._path}.)"
+                "another directory. (The lock of a run that is gone is taken over by itself.)"
             ) from None
 
     def _write(self, beat: int) -> None:

@@ -87,7 +87,7 @@ class Trainer:
             if jax.process_count() == 1 or not any(sign in str(error) for sign in _LOST):
                 raise
             raise RunFailed(
-                "an exchange with the other processes failed: one of them has ended, and its log may tell why. The same "
+                "an exchange with the other processes failed: one of them has ended; its log may tell why. The same "
                 f"command goes on from the newest checkpoint. ({str(error).splitlines()[0]})"
             ) from error
 
