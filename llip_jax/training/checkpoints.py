@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from llip_jax.command_line import RunFailed
 from llip_jax.config import CheckpointConfig, ConfigError
 from llip_jax.parallel import processes
+from llip_jax.training.checkpoint_errors import differences, proves_damage, reason_of
 from llip_jax.training.digest import leaf_types, state_digest
 from llip_jax.training.paths import Params, by_path, merged, part
 from llip_jax.training.save_barriers import SaveBarriers
@@ -27,9 +28,7 @@ _TIMEOUT_S = 600
 """What Orbax waits for is given up after this long. Below faults.step_s: a save that fails is no run that hangs."""
 
 _TRIES_AFTER_S = (0.0, 1.0, 4.0)
-"""Pauses before each attempt to read or list: network file systems fail for a moment, and show what was there before."""
-
-_BLOCK_BYTES = 2**24
+"""Pauses before each attempt to read or list: network file systems fail for a moment, or show what was there before."""
 
 
 class Damaged(ConfigError):
@@ -157,7 +156,7 @@ class Checkpoints:
             if jax.process_count() > 1:
                 raise
             self._discard_torn()
-            raise _save_failed(step, self._directory, _reason(error)) from error
+            raise _save_failed(step, self._directory, reason_of(error)) from error
         if earlier is not None:
             raise earlier
 
@@ -273,7 +272,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # TensorStore's are of any kind
-            reason = _reason(error)
+            reason = reason_of(error)
         if not processes.any_of(bool(reason)):
             return None
         self._discard_torn()
@@ -303,7 +302,7 @@ class Checkpoints:
                 probe.touch()
                 probe.unlink()
             except OSError as error:
-                reason = _reason(error)
+                reason = reason_of(error)
         if reason := processes.same(reason):
             raise _save_failed(step, self._directory, reason)
 
@@ -317,7 +316,7 @@ class Checkpoints:
                 place.parent.mkdir(exist_ok=True)
                 (self._directory / str(step)).rename(place)
             except OSError as error:
-                reason = _reason(error)
+                reason = reason_of(error)
         moved, reason = processes.same([str(place), reason])
         if reason:
             raise ConfigError(f"checkpoint {step} is damaged and cannot be moved to {moved}: {reason}")
@@ -335,7 +334,7 @@ class Checkpoints:
                     (self._directory / str(step)).rename(torn)
                     shutil.rmtree(torn, ignore_errors=True)
             except OSError as error:
-                reason = _reason(error)
+                reason = reason_of(error)
         if reason := processes.same(reason):
             raise RunFailed(f"checkpoints {steps} in {self._directory} cannot be removed: {reason}")
         self._manager.reload()
@@ -406,7 +405,7 @@ class Checkpoints:
                 result = read()
                 break
             except Exception as error:  # JSON, Orbax, TensorStore and the file system have errors of their own
-                reason, unreadable = _reason(error), not _proves_damage(error, self._directory / str(step))
+                reason, unreadable = reason_of(error), not proves_damage(error, self._directory / str(step))
         failed, unreadable = processes.any_of(bool(reason)), processes.any_of(unreadable)
         reason = reason or "another process cannot read it"
         if unreadable:
@@ -416,7 +415,7 @@ class Checkpoints:
         return result
 
     def _refuse_difference(self, step: int, saved: Mapping[str, str], wanted: dict[str, Any]) -> None:
-        lines = _differences(saved, leaf_types(wanted))
+        lines = differences(saved, leaf_types(wanted))
         if lines:
             shown = [*lines[:20], f"... and {len(lines) - 20} more"] if len(lines) > 20 else lines
             raise ConfigError(
@@ -455,43 +454,9 @@ def _preservation(config: CheckpointConfig) -> ocp.checkpoint_managers.Preservat
     return ocp.checkpoint_managers.AnyPreservationPolicy(policies)
 
 
-def _proves_damage(error: Exception, folder: Path) -> bool:
-    """Whether an error of reading comes from what is written there, and not from the way to it."""
-    if isinstance(error, OSError | MemoryError | jax.errors.JaxRuntimeError):
-        return isinstance(error, FileNotFoundError)
-    try:  # TensorStore's errors are all of one kind, its file system's too.
-        for file in (path for path in folder.rglob("*") if path.is_file()):
-            with file.open("rb") as stream:
-                while stream.read(_BLOCK_BYTES):
-                    pass
-    except OSError:
-        return False
-    return True
-
-
 def _check_value(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _save_failed(step: int | None, directory: Path, reason: str) -> SaveFailed:
     return SaveFailed(f"checkpoint {step} cannot be written to {directory}: {reason}")
-
-
-def _reason(error: Exception) -> str:
-    """One line, never empty. TensorStore begins with what it was doing and ends with the cause."""
-    while isinstance(error.__context__, Exception):  # What followed, such as waiting in vain for a process that failed.
-        error = error.__context__
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
-
-
-def _differences(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """Arrays that only one tree has, or whose shape or type differ, one line each."""
-    lines = [f"  only in the checkpoint:    {path} {old[path]}" for path in sorted(old.keys() - new.keys())]
-    lines += [f"  only in the configuration: {path} {new[path]}" for path in sorted(new.keys() - old.keys())]
-    lines += [
-        f"  differs: {path} is {old[path]} in the checkpoint, {new[path]} in the configuration"
-        for path in sorted(old.keys() & new.keys())
-        if old[path] != new[path]
-    ]
-    return lines
