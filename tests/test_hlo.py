@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from run_helpers import call_on_devices, run, tiny_config
 
 from llip_jax.parallel.mesh import make_mesh
-from llip_jax.planning.hlo import Collective, CollectiveTotal, Cost, Kernel, ProgramCosts, program_costs
+from llip_jax.planning.hlo import Collective, CollectiveTotal, Cost, ProgramCosts, program_costs
 from llip_jax.planning.hlo_text import parse
-from llip_jax.planning.matmuls import Matmul
+from llip_jax.planning.matmuls import Kernel, Matmul
 from llip_jax.training.flops import train_step_flops
 from llip_jax.training.optimizer import make_optimizer
 from llip_jax.training.state import state_spec

@@ -214,7 +214,7 @@ def test_a_refusal_is_an_answer_that_says_what_to_change() -> None:
     assert answer.fits is False and answer.memory.capacity == round(15.75 * GIB)
     assert answer.memory.peak == round(35.97 * GIB) + 3 * GIB + GIB // 8, "with the program's arguments"
     settings = [change.setting for change in answer.changes]
-    assert "model.remat=layer" in settings and any("train.microbatches=" in setting for setting in settings)
+    assert "model.remat=offload" in settings and any("train.microbatches=" in setting for setting in settings)
     assert any("times the chips" in setting for setting in settings)
     assert all(change.fits == (0 < change.peak <= answer.memory.capacity) for change in answer.changes)
     a_quarter = next(change.peak for change in answer.changes if change.setting.endswith("times the chips"))

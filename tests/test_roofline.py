@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llip_jax.parallel.chips import CHIPS, Chip
 from llip_jax.ops import attention
-from llip_jax.planning.hlo import Collective, Cost, Kernel, Loop, ProgramCosts
-from llip_jax.planning.matmuls import Matmul
+from llip_jax.parallel.chips import CHIPS, Chip
+from llip_jax.planning.hlo import Collective, Cost, Loop, ProgramCosts
+from llip_jax.planning.matmuls import Kernel, Matmul
 from llip_jax.planning.roofline import (
     HBM_EFFICIENCY,
     HOP_SECONDS,

@@ -2,7 +2,7 @@
 
 - TPU: peak, rate of memory, links and chips of a host from cloud.google.com/tpu/docs (system architecture of each
   version; tpu7x: its page's table of v5p, v6e and tpu7x); v4's links from its paper, arXiv:2304.01433.
-  Memory is what the compiler (libtpu 0.0.52) lets a program use, less than what is soldered on. Rates to the host are
+  Memory is what the compiler (libtpu 0.0.42.1) lets a program use, less than what is soldered on. Rates to the host are
   those of "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus); tpu7x is assumed to be no slower than v6e.
   Vector units have 8 x 128 lanes of 4 ALUs a core, by the same book for v5p; v6e and tpu7x are taken to have no more;
   of v4 the pages of ayaka14732.github.io/pallas-tpu-tutorial/chapter01 show 2.
@@ -76,7 +76,7 @@ _TPUS = (
         "v5p",
         ("TPU v5", "TPU v5p"),
         peak_bf16=459e12,
-        hbm_bytes=int(95.73 * _GIB),
+        hbm_bytes=int(95.74 * _GIB),
         hbm_rate=2765e9,
         link_rate=100e9,
         host_rate=16e9,
@@ -90,7 +90,7 @@ _TPUS = (
         "v6e",
         ("TPU v6 lite", "TPU v6e"),
         peak_bf16=918e12,
-        hbm_bytes=int(31.24 * _GIB),
+        hbm_bytes=int(31.25 * _GIB),
         hbm_rate=1638e9,
         link_rate=100e9,
         host_rate=32e9,
@@ -105,7 +105,7 @@ _TPUS = (
         "tpu7x",
         ("TPU7x",),
         peak_bf16=2307e12,
-        hbm_bytes=int(189.48 * _GIB),
+        hbm_bytes=int(189.5 * _GIB),
         hbm_rate=7380e9,
         link_rate=100e9,
         host_rate=32e9,

@@ -47,7 +47,7 @@ def _kinds(config: Config, mesh: Mapping[str, int], memory: Memory) -> Iterator[
         return fixed + shrinking * held(remat) / held(now) / factor
 
     yield [(f"model.remat={remat}", peak(remat)) for remat in REMATS[REMATS.index(now) + 1 :]]
-    for remat in dict.fromkeys((now, "layer")):
+    for remat in dict.fromkeys((now, max(now, "layer", key=REMATS.index))):
         words = "" if remat == now else f"model.remat={remat} "
         yield [
             (f"{words}train.microbatches={pieces * n}", peak(remat, n)) for n in _FACTORS if images % (pieces * n) == 0

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from llip_jax.planning.hlo_text import HBM, HOST, Array, Computation, Instruction, Module, parse
-from llip_jax.planning.matmuls import Matmul, convolution, dot, pad
+from llip_jax.planning.matmuls import Kernel, Matmul, convolution, dot
 
 _COLLECTIVE = re.compile(
     "(all-gather|all-reduce|reduce-scatter|ragged-all-to-all|all-to-all|collective-permute|collective-broadcast)(-start)?$"
@@ -44,28 +44,6 @@ class Collective:
     """What a device sends where each piece takes the way round a ring: (group - 1) / group of the whole array, twice
     that for an all-reduce; the operand for a permutation."""
     group: int
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A Pallas kernel by what it states of itself."""
-
-    flops: int
-    transcendentals: int
-    rows: int
-    columns: int
-    """The last two dimensions of its first operand."""
-
-    def padded_flops(self, tile: int) -> float:
-        """FLOPs of a systolic array of ``tile`` x ``tile``, as if rows and columns were the sides that it holds.
-
-        So it is for attention over ``rows`` tokens of ``columns`` numbers a head, forward and backward.
-        """
-        return self.flops * pad(self.rows, tile) * pad(self.columns, tile) / (self.rows * self.columns)
-
-    def padded_transcendentals(self, lanes: int) -> float:
-        """Of a vector unit, as if of a matrix of so many columns as there are rows: attention's weights."""
-        return self.transcendentals * pad(self.rows, lanes) / self.rows
 
 
 @dataclass(frozen=True)

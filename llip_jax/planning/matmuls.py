@@ -30,13 +30,34 @@ class Matmul:
 
         The operand that stays is padded to whole tiles, the streaming side to 8 rows; the cheaper way round.
         """
-        contracted = pad(self.contracted, tile)
-        area = min(pad(a, tile) * pad(b, 8) for a, b in [(self.rows, self.columns), (self.columns, self.rows)])
+        contracted = _pad(self.contracted, tile)
+        area = min(_pad(a, tile) * _pad(b, 8) for a, b in [(self.rows, self.columns), (self.columns, self.rows)])
         return 2 * self.batch * area * contracted
 
 
-def pad(size: float, multiple: int) -> int:
-    """The next multiple."""
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A Pallas kernel by what it states of itself."""
+
+    flops: int
+    transcendentals: int
+    rows: int
+    columns: int
+    """The last two dimensions of its first operand."""
+
+    def padded_flops(self, tile: int) -> float:
+        """FLOPs of a systolic array of ``tile`` x ``tile``, as if rows and columns were the sides that it holds.
+
+        So it is for attention over ``rows`` tokens of ``columns`` numbers a head, forward and backward.
+        """
+        return self.flops * _pad(self.rows, tile) * _pad(self.columns, tile) / (self.rows * self.columns)
+
+    def padded_transcendentals(self, lanes: int) -> float:
+        """Of a vector unit, as if of a matrix of so many columns as there are rows: attention's weights."""
+        return self.transcendentals * _pad(self.rows, lanes) / self.rows
+
+
+def _pad(size: float, multiple: int) -> int:
     return math.ceil(size / multiple) * multiple
 
 

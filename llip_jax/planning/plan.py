@@ -159,9 +159,11 @@ def plan(config: Config, target: Target, hlo: Path | None = None) -> Plan:
         raise ConfigError(said["config_error"])
     found = from_json(said)
     if done.returncode:
-        what = "uncounted" if found.uncounted else "failure"
-        end = "\n".join(done.stderr.strip().splitlines()[-_LINES:])
-        found = replace(found, **{what: f"{getattr(found, what)} (exit code {done.returncode}):\n{end}"})
+        end = f" (exit code {done.returncode}):\n" + "\n".join(done.stderr.strip().splitlines()[-_LINES:])
+        if found.uncounted:
+            found = replace(found, uncounted=found.uncounted + end)
+        else:
+            found = replace(found, failure=found.failure + end)
     return found
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from llip_jax.parallel.chips import Chip
 from llip_jax.planning.hlo import Collective, Cost, Loop, ProgramCosts
+from llip_jax.planning.matmuls import Kernel, Matmul
 
 MATMUL_EFFICIENCY = 0.9
 """Of the peak, for matrix products of whole tiles. Whole steps of MaxText reach 66.9 % model FLOPs utilization at 32B
@@ -156,7 +157,8 @@ class _Machine:
 
     def compute(self, cost: Cost) -> float:
         """Seconds of the matrix units."""
-        flops = math.fsum(product.padded_flops(self.chip.mxu) for product in (*cost.matmuls, *cost.kernels))
+        products: tuple[Matmul | Kernel, ...] = (*cost.matmuls, *cost.kernels)
+        flops = math.fsum(product.padded_flops(self.chip.mxu) for product in products)
         return flops * self.devices_per_chip / (self.chip.peak_bf16 * MATMUL_EFFICIENCY)
 
     def vectors(self, cost: Cost) -> float:
@@ -217,7 +219,7 @@ class _Machine:
             f"links {chip.link_rate / 1e9:.0f} GB/s each way x {LINK_EFFICIENCY:.0%}, {HOP_SECONDS * 1e6:.0f} us a hop",
             "groups of devices fill whole sides of the slice first; a ring has two links, a line one",
             "instructions run one after the other, bound by products or memory; elementwise work hides",
-            "kernels (Pallas) by the FLOPs, exponentials and bytes that they state, padded as their first operand is",
+            "kernels (Pallas) by the FLOPs and exponentials that they state, padded as their first operand is",
             "asynchronous transfers run beside computation as far as links and memory are free",
         ]
         if chip.vector_rate is not None:
