@@ -301,3 +301,12 @@ def test_documented_commands_of_the_launcher_are_understood(
     monkeypatch.chdir(ROOT)
     assert main([words[0], "--dry-run", *words[1:]]) == 0
     assert "gcloud compute tpus" in capsys.readouterr().out
+
+
+def test_every_documented_training_names_its_data() -> None:
+    text = (ROOT / "docs/pods.md").read_text().replace("\\\n", " ")
+    trainings = [line for line in text.splitlines() if "--workdir" in line and "--config configs/" in line]
+    assert len(trainings) >= 6
+    for line in trainings:
+        assert "--config.data.source=" in line, line
+        assert "--config.data.path=" in line, line

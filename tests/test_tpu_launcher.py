@@ -22,6 +22,7 @@ from llip_jax.launching.shell import Shell
 from llip_jax.launching.slices import parse_topology
 
 WHERE = ["--zone=us-west4-a", "--project=mine"]
+B16 = ["--config", "configs/llip_b16.py", "--workdir", "/mnt/llip/b16"]
 TRAINING = ["--config", "configs/llip_demo.py", "--workdir", "/mnt/llip/demo"]
 MISSING = Reply(1, err="ERROR: (gcloud.compute.tpus.queued-resources.describe) NOT_FOUND: Resource was not found")
 UNREACHABLE = Reply(255, err="ssh: connect to host 10.0.0.1 port 22: Connection timed out")
@@ -122,7 +123,7 @@ def test_create_asks_once(
     describe = ["gcloud", "compute", "tpus", "queued-resources", "describe", "g14", *WHERE, "--quiet"]
     create = ["gcloud", "compute", "tpus", "queued-resources", "create", "g14", *WHERE, "--quiet"]
     create += ["--node-id=g14", "--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite"]
-    look = [*describe, "--format=value(state.state)"]
+    look = [*describe, "--format=value(state.state,tpu.nodeSpec[0].node.acceleratorType)"]
     assert gcloud.calls() == [look, [*create, *words, "--network=ours"], look]
     assert "g14 is there already (WAITING_FOR_RESOURCES)" in capsys.readouterr().out
 
@@ -143,13 +144,51 @@ def test_wait_says_each_state_once(gcloud: RecordedCommands, capsys: pytest.Capt
     assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()] == [*states[:2], "PROVISIONING"]
 
 
-@pytest.mark.parametrize("reply", [Reply(out="FAILED\n"), Reply(out="SUSPENDED\n"), MISSING])
+@pytest.mark.parametrize("reply", [Reply(out="FAILED\n"), Reply(out="SUSPENDED\n")])
 def test_waiting_for_what_will_not_come_ends(
     gcloud: RecordedCommands, capsys: pytest.CaptureFixture[str], reply: Reply
 ) -> None:
     gcloud.answer("describe", reply)
     assert act("wait") == 1
     assert "python launch/tpu.py delete g14 --zone=us-west4-a --project=mine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["wait"], 1, "g14 is not there"),
+        (["status"], 0, "there is no g14 in us-west4-a"),
+        (["create", "--topology=v5e:4x4"], 1, "quota"),
+    ],
+)
+def test_nothing_is_said_to_cost_money_where_nothing_is(
+    gcloud: RecordedCommands, capsys: pytest.CaptureFixture[str], words: list[str], code: int, said: str
+) -> None:
+    gcloud.answer("describe", MISSING)
+    gcloud.answer(" create ", Reply(1, err="ERROR: quota exceeded"))
+    assert act(*words) == code
+    shown = "".join(capsys.readouterr())
+    assert said in shown
+    assert "money" not in shown
+
+
+@pytest.mark.parametrize("action", ["create", "status", "wait", "delete"])
+def test_without_a_project_it_says_what_to_do(gcloud: RecordedCommands, action: str) -> None:
+    missing = "The required property [project] is not currently set."
+    gcloud.answer(" delete |describe", Reply(1, err=f"ERROR: (gcloud.compute.tpus.queued-resources) {missing}"))
+    with pytest.raises(ConfigError, match="gcloud config set project PROJECT, or --project=PROJECT"):
+        main([action, "g14", "--zone=us-west4-a", "--topology=v5e:4x4"])
+    assert "create" not in steps(gcloud)
+
+
+def test_a_slice_of_another_topology_is_refused_and_not_touched(gcloud: RecordedCommands) -> None:
+    gcloud.answer("describe", Reply(out="ACTIVE\tv5litepod-16\n"))
+    run = ["run", "--retry", "--topology=v5e:4x8", "--storage=gs://bucket"]
+    for words in (["create", "--topology=v5e:4x8"], [*run, "--", *TRAINING]):
+        with pytest.raises(ConfigError, match="v5litepod-32, but g14 is there already as v5litepod-16"):
+            act(*words)
+    assert act("create", "--topology=v5e:4x4") == 0
+    assert steps(gcloud) == []
 
 
 def test_setup_sends_the_last_commit_as_soon_as_the_hosts_take_it(gcloud: RecordedCommands) -> None:
@@ -427,7 +466,11 @@ def test_a_dry_run_prints_every_command_and_calls_none(
     flags = ["--dry-run", "--retry", "--topology=v6e:16x16", "--spot", "--storage=gs://bucket"]
     assert act("run", *flags, "--", *TRAINING, "--config.data.path=a b/*") == 0
     assert gcloud.calls() == []
-    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith(("gcloud", "git"))]
+    shown = capsys.readouterr()
+    first, *commands = shown.out.splitlines()
+    assert (first, shown.err) == ("dry run: nothing is done", "")
+    lines = [shlex.split(line) for line in commands]
+    assert {words[0] for words in lines} == {"gcloud", "git"}  # and no word of what came of them
     actions = [words[4] if words[0] == "gcloud" else words[3] for words in lines]
     assert [action for action in actions if action != "describe"] == [
         *["create", "status", "archive", "scp", "ssh", "ssh", "ssh"],  # look, unpack, setup
@@ -442,6 +485,13 @@ def test_a_dry_run_prints_every_command_and_calls_none(
         ([*TRAINING[:2], "--workdir", "runs/demo"], "--workdir is 'runs/demo', expected a folder under /mnt/llip"),
         ([*TRAINING, "--config.train.stepz=3"], "stepz"),
         (["--config", "configs/none.py", *TRAINING[2:]], "no file 'configs/none.py'"),
+        ([*TRAINING[:2], "--workdir", "/mnt/llip/../demo"], "--workdir is '/mnt/llip/../demo'"),
+        (B16, "data.path: '' is not valid"),
+        ([*B16, "--config.data.path=data"], "data.path: 'data' is not on the hosts"),
+        ([*B16, "--config.data.path=/mnt/llip/../data"], "is not on the hosts"),
+        ([*B16, "--config.data.path=/mnt/llip/{a,b}/*.tar,/home/me/*.tar"], "'/home/me/\\*.tar' is not on the hosts"),
+        ([*B16, "--config.data.path=/mnt/llip/a", "--config.data.eval_path=b"], "data.eval_path: 'b' is not on the"),
+        ([*B16, "--config.data.mixture={'a': {'path': 'c'}}"], "data.mixture.a.path: 'c' is not on the hosts"),
     ],
 )
 def test_what_would_fail_on_the_hosts_fails_before_it_costs(
@@ -452,7 +502,35 @@ def test_what_would_fail_on_the_hosts_fails_before_it_costs(
     assert gcloud.calls() == []
 
 
-@pytest.mark.parametrize("storage", [[], ["--storage=/mnt/disk"], ["--storage=gs://"]])
+@pytest.mark.parametrize("words", [["--bogus=5"], ["stray"], ["--check"], ["--process=0"]])
+def test_words_that_not_every_host_can_train_with_are_refused(
+    gcloud: RecordedCommands, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        act("run", "--", *TRAINING, *words)
+    assert f"launch/train.py: error: unrecognized arguments: {words[0]}" in capsys.readouterr().err
+    assert gcloud.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["create", "G14", *WHERE], "NAME is 'G14'"),
+        (["create", "g14-", *WHERE], "NAME is 'g14-'"),
+        (["create", "g14", "--zone=us-west4"], "--zone is 'us-west4'"),
+        (["run", "g14", *WHERE, "--failures=0"], "--failures is 0"),
+    ],
+)
+def test_names_that_google_would_refuse_are_refused(gcloud: RecordedCommands, words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        main(words)
+    assert gcloud.calls() == []
+
+
+UNMOUNTABLE = ["/mnt/disk", "gs://", "gs://bucket/folder", "nfs://10.0.0.2", "nfs://10.0.0.2/"]
+
+
+@pytest.mark.parametrize("storage", [[], *([f"--storage={url}"] for url in UNMOUNTABLE)])
 def test_a_run_that_would_not_outlive_its_slice_is_refused(gcloud: RecordedCommands, storage: list[str]) -> None:
     with pytest.raises(ConfigError, match="expected gs://BUCKET or nfs://HOST/SHARE"):
         act("run", "--retry", "--topology=v5e:4x4", *storage, "--", *TRAINING)

@@ -2,7 +2,8 @@
 # The same through xpk, on a cluster that xpk made (docs/pods.md):
 #
 #   CLUSTER=llip ZONE=us-west4-a TPU_TYPE=v5litepod-256 IMAGE=us-docker.pkg.dev/PROJECT/llip/train:1 STORAGE=llip-runs \
-#     launch/gke/xpk.sh llip-g14 --config configs/llip_g14.py --workdir /mnt/llip/g14 [--config.FIELD=VALUE ...]
+#     launch/gke/xpk.sh g14 --config configs/llip_g14.py --workdir /mnt/llip/g14 \
+#       --config.data.source=webdataset --config.data.path='/mnt/llip/data/*.tar' [--config.FIELD=VALUE ...]
 #
 # XPK_FLAGS: further flags of "xpk workload create", such as "--dry-run" or "--priority=high".
 set -euo pipefail

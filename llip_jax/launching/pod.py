@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llip_jax.command_line import EXIT_STOPPED
+from llip_jax.config import ConfigError
 from llip_jax.launching.queued_resources import ACTIVE, PENDING, QueuedResource, Request
 from llip_jax.launching.shell import CommandFailed, Shell
 
@@ -50,17 +51,24 @@ class Pod:
     """Times in a row that the first host may fail to answer; also how often copying code is tried on a new slice."""
     sleep: Callable[[float], None] = time.sleep
 
-    def state(self, assumed: str = ACTIVE) -> str | None:
-        """State of the queued resource, or None where there is none. ``assumed``: in a dry run.
+    def state(self) -> str | None:
+        """State of the queued resource, or None where there is none; in a dry run ACTIVE.
 
         Raises:
             Unanswered: it is not known.
+            ConfigError: gcloud has no project.
         """
+        state, _, _ = self._describe(ACTIVE).partition("\t")
+        return state or None
+
+    def _describe(self, assumed: str) -> str:
         done = self.shell.run(self.resource.state(), check=False, assumed=assumed)
         if done.code == 0:
-            return done.out.strip() or None
+            return done.out.strip()
+        if "property [project] is not" in done.err:
+            raise ConfigError("--project: gcloud has none; gcloud config set project PROJECT, or --project=PROJECT")
         if "NOT_FOUND" in done.err or "not found" in done.err.lower():
-            return None
+            return ""
         raise Unanswered(f"the state of {self.resource.name} is not known: {done.err.strip()}")
 
     def look(self) -> str | None:
@@ -71,14 +79,34 @@ class Pod:
             print(error, flush=True)
             return UNKNOWN
 
+    def check(self, request: Request) -> str | None:
+        """The state, of what may be there already; in a dry run None.
+
+        Raises:
+            ConfigError: it is of another topology.
+            Unanswered: it is not known.
+        """
+        state, _, kind = self._describe(assumed="").partition("\t")
+        asked = request.slice.accelerator_type
+        if kind not in ("", asked) and not any(flag.startswith("--accelerator-type") for flag in request.flags):
+            raise ConfigError(
+                f"--topology is {request.slice.topology!r}, {asked}, but {self.resource.name} is there already as"
+                f" {kind}: take another name, or delete it: {self.resource.ours('delete')}"
+            )
+        return state or None
+
     def create(self, request: Request) -> None:
-        """Asks for the slice unless that has been done."""
-        state = self.state(assumed="")
+        """Asks for the slice unless that has been done.
+
+        Raises:
+            ConfigError: that has been done for another topology.
+        """
+        state = self.check(request)
         if state is not None:
             print(f"{self.resource.name} is there already ({state})", flush=True)
             return
         self.shell.run(self.resource.create(request))
-        print(f"{self.resource.name}: asked for {request.slice.topology} ({request.slice.chips} chips)", flush=True)
+        self.shell.tell(f"{self.resource.name}: asked for {request.slice.topology} ({request.slice.chips} chips)")
 
     def wait(self) -> None:
         """Waits until the slice is there.
@@ -179,7 +207,7 @@ class Pod:
         for _ in range(self.patience):
             done = self.shell.run(self.resource.delete(), check=False)
             if self.shell.dry_run or self.look() is None:
-                print(f"{self.resource.name} is deleted", flush=True)
+                self.shell.tell(f"{self.resource.name} is deleted")
                 return
             self.sleep(self.poll_s)
         raise CommandFailed(f"{self.resource.name} is not deleted and may cost money: {done.err.strip()}")

@@ -48,8 +48,8 @@ class QueuedResource:
         ]
 
     def state(self) -> list[str]:
-        """Prints its state."""
-        return [*self.describe(), "--format=value(state.state)"]
+        """Prints its state and, after a tab, the accelerator type of its slice."""
+        return [*self.describe(), "--format=value(state.state,tpu.nodeSpec[0].node.acceleratorType)"]
 
     def describe(self) -> list[str]:
         """Prints all that is known of it."""

@@ -78,5 +78,5 @@ def _session(pod: Pod, request: Request, root: Path, storage: str, words: Sequen
         pod.delete()
         # FAILED is no pre-emption: the request itself may be at fault.
         return Ended(EXIT_FAILED if lost.state == "FAILED" else EXIT_STOPPED, asked=False)
-    print(f"training ended with exit code {ended.code}", flush=True)
+    pod.shell.tell(f"training ended with exit code {ended.code}")
     return ended

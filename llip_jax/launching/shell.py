@@ -27,6 +27,11 @@ class Shell:
 
     dry_run: bool = False
 
+    def tell(self, outcome: str) -> None:
+        """Prints what came of commands; in a dry run nothing did."""
+        if not self.dry_run:
+            print(outcome, flush=True)
+
     def run(self, command: Sequence[str], *, check: bool = True, show: bool = False, assumed: str = "") -> Done:
         """Runs a command to its end.
 
