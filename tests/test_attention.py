@@ -72,6 +72,18 @@ def test_bfloat16_rounds_inputs_and_weights_and_nothing_else() -> None:
         np.testing.assert_allclose(ours.astype(jnp.float32), theirs, rtol=0, atol=2**-7 * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize(("length", "kernel"), [(1024, True), (1025, False)])
+def test_sequences_too_long_for_the_chips_memory_are_left_to_xla(
+    length: int, kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[int] = []
+    monkeypatch.setattr("llip_jax.ops.attention.platform", lambda: "tpu")
+    monkeypatch.setattr("llip_jax.ops.attention.by_kernel", lambda q, k, v, **_: ran.append(q.shape[1]) or v)
+    q = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+    jax.eval_shape(lambda q: attention(q, q, q, implementation="kernel"), q)
+    assert ran == [length] * kernel
+
+
 def test_kernels_are_for_tpus_and_elsewhere_it_is_xla() -> None:
     q = jnp.ones((1, 4, 1, 8))
     text = jax.jit(lambda q: attention(q, q, q, implementation="kernel")).lower(q).as_text()

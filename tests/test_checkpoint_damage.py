@@ -22,8 +22,9 @@ from run_helpers import call_on_devices, call_on_processes, temporary_folder
 from llip_jax.command_line import RunFailed
 from llip_jax.config import CheckpointConfig, ConfigError
 from llip_jax.parallel import processes
-from llip_jax.training.checkpoints import Checkpoints, Damaged, Progress
+from llip_jax.training.checkpoints import Checkpoints, Damaged
 from llip_jax.training.digest import digest, state_digest
+from llip_jax.training.progress import Progress
 from llip_jax.training.state import TrainState
 
 PROGRESS = Progress(32, 1.5, {"not_an_image": 3}, "data", 2, (0.1, float("nan"), 1e-30))

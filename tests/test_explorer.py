@@ -49,8 +49,9 @@ from llip_jax.explorer.content import (
 )
 from llip_jax.explorer.serve import explore, load_exhibit, served
 from llip_jax.inference import Model
-from llip_jax.training.checkpoints import Checkpoints, Progress
+from llip_jax.training.checkpoints import Checkpoints
 from llip_jax.training.metrics import write_json
+from llip_jax.training.progress import Progress
 from llip_jax.training.state import TrainState
 
 CAPTIONS = ["a dog on grass", "a cat", "number 7"]

@@ -17,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from run_helpers import call_on_processes
 
 from llip_jax.config import CheckpointConfig
-from llip_jax.training.checkpoints import Checkpoints, Progress, SaveFailed
+from llip_jax.training.checkpoints import Checkpoints, SaveFailed
+from llip_jax.training.progress import Progress
 from llip_jax.training.state import TrainState
 
 DISK_BYTES = 2**20

@@ -12,8 +12,8 @@ from run_helpers import tiny_config
 
 from llip_jax.config import Config, ConfigError
 from llip_jax.data.records import REASONS
-from llip_jax.training.checkpoints import Progress
 from llip_jax.training.goodput import Goodput
+from llip_jax.training.progress import Progress
 from llip_jax.training.recorder import Diverged, Recorder, Rewind
 
 

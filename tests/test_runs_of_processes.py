@@ -11,6 +11,9 @@ import pytest
 from run_helpers import ended, metrics, start_processes, train, train_command, train_on_processes
 from test_resume import assert_same_run
 
+from llip_jax.config import ConfigError
+from llip_jax.training.trainer import tells_of_a_lost_process
+
 MESH = {"mesh.data": 2, "mesh.fsdp": 4}
 """Eight devices, however many processes they are in."""
 
@@ -35,6 +38,14 @@ if sys.argv[-1] == "1":
             os.kill(os.getpid(), signal.SIGSTOP)
     Recorder.add = add_and_freeze
 """
+
+
+def test_bad_input_is_not_taken_for_a_lost_process() -> None:
+    assert tells_of_a_lost_process(ValueError("UNKNOWN: Gloo all-reduce failed: Connection reset by peer"))
+    assert not tells_of_a_lost_process(
+        ConfigError("data.path: 100 samples in a row cannot be used: Connection refused")
+    )
+    assert not tells_of_a_lost_process(ValueError("operands could not be broadcast together"))
 
 
 def test_a_signal_to_one_process_stops_all_after_a_save_and_another_number_goes_on(tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ from llip_jax.data.sources import build_source
 from llip_jax.parallel.mesh import batch_shards, make_mesh
 from llip_jax.parallel.sharding import AT_REST, constrain, partition_spec
 from llip_jax.training import loop
-from llip_jax.training.checkpoints import Checkpoints, Progress
+from llip_jax.training.checkpoints import Checkpoints
 from llip_jax.training.optimizer import make_optimizer
+from llip_jax.training.progress import Progress
 from llip_jax.training.state import init_state, state_spec
 from llip_jax.training.step import DEVICE_COLUMNS, make_train_step, steering, step_inputs
 

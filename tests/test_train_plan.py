@@ -18,9 +18,10 @@ from run_helpers import call_on_devices, tiny_config
 from llip_jax.config import CheckpointConfig, Config, ConfigError, MeshConfig
 from llip_jax.objectives.objective import Forward, objective
 from llip_jax.parallel.mesh import make_mesh
-from llip_jax.training.checkpoints import Checkpoints, Progress
+from llip_jax.training.checkpoints import Checkpoints
 from llip_jax.training.optimizer import decayed, make_optimizer, rate_factors
 from llip_jax.training.paths import by_path, nested
+from llip_jax.training.progress import Progress
 from llip_jax.training.state import StateSpec, TrainState, state_from, state_spec
 from llip_jax.training.step import make_train_step, steering, step_inputs, stream_key
 

@@ -17,10 +17,11 @@ from llip_jax.config_files import LADDER, load
 from llip_jax.models.dual_encoder import MAX_LOG_SCALE
 from llip_jax.parallel.mesh import make_mesh
 from llip_jax.training import loop
-from llip_jax.training.checkpoints import Checkpoints, Progress
+from llip_jax.training.checkpoints import Checkpoints
 from llip_jax.training.flops import train_step_flops
 from llip_jax.training.optimizer import decayed, learning_rate_schedule, make_optimizer
 from llip_jax.training.preemption import Stopped, StopRequest
+from llip_jax.training.progress import Progress
 from llip_jax.training.state import TrainState, state_spec
 from llip_jax.training.step import make_train_step, steering, stream_key
 

@@ -24,6 +24,8 @@ _BLOCK_BYTES = 2**20
 """Of queries (as of keys, values, ...) that a kernel has in VMEM at a time, about: long enough transfers."""
 _VMEM_LIMIT = 48 * 2**20
 """Three quarters of what a core of tpu7x has, the least of the chips in use."""
+_LONGEST = 1024
+"""Tokens of which all weights of a head, and what is made of them, fit into that."""
 _NEVER = -1e30
 """Logit of what is not to be seen: finite, so that differences of logits are numbers."""
 
@@ -39,9 +41,9 @@ def attention(
 ) -> Float[Array, "B S H dh"]:
     """softmax(q k / sqrt(dh) + bias) v, the softmax in float32. ``bias`` is a constant.
 
-    'kernel' is for TPUs; on other devices it is 'xla'.
+    'kernel' is for TPUs and up to 1,024 tokens; otherwise it is 'xla'.
     """
-    if implementation == "xla" or platform() != "tpu":
+    if implementation == "xla" or platform() != "tpu" or q.shape[1] > _LONGEST:
         return jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=causal)
     mesh = jax.sharding.get_abstract_mesh()
     run = functools.partial(by_kernel, bias=bias, causal=causal)

@@ -19,6 +19,7 @@ from llip_jax.parallel import processes
 from llip_jax.training.checkpoint_errors import differences, proves_damage, reason_of
 from llip_jax.training.digest import leaf_types, state_digest
 from llip_jax.training.paths import Params, by_path, merged, part
+from llip_jax.training.progress import Progress
 from llip_jax.training.save_barriers import SaveBarriers
 from llip_jax.training.state import TrainState
 
@@ -37,27 +38,6 @@ class Damaged(ConfigError):
 
 class SaveFailed(OSError):
     """A checkpoint could not be written. Those before it are as they were."""
-
-
-class Progress(NamedTuple):
-    """What a run needs beside the state to go on.
-
-    examples_seen: images trained on.
-    elapsed_s: seconds of training so far, over all restarts.
-    replaced: samples so far that others stood in for, by what was wrong with them.
-    data_fingerprint: of the training data and the tokenizer.
-    shift: batches that rewinds have passed over; the batch of step s is number s + shift.
-    losses: those that later ones are compared with, newest last.
-    skipped: updates left out.
-    """
-
-    examples_seen: int
-    elapsed_s: float
-    replaced: dict[str, int]
-    data_fingerprint: str
-    shift: int = 0
-    losses: tuple[float, ...] = ()
-    skipped: int = 0
 
 
 _BEFORE_DIGESTS = {"examples_seen", "elapsed_s", "replaced", "data_fingerprint"}

@@ -22,13 +22,14 @@ from llip_jax.evaluation.evaluator import Evaluator
 from llip_jax.parallel import processes
 from llip_jax.parallel.mesh import make_mesh
 from llip_jax.training import run_directory
-from llip_jax.training.checkpoints import Checkpoints, Progress
+from llip_jax.training.checkpoints import Checkpoints
 from llip_jax.training.checks import check_batch, check_divided
 from llip_jax.training.flops import peak_flops, train_step_flops
 from llip_jax.training.goodput import Goodput
 from llip_jax.training.metrics import progress_of
 from llip_jax.training.optimizer import make_optimizer
 from llip_jax.training.preemption import StopRequest
+from llip_jax.training.progress import Progress
 from llip_jax.training.run_lock import RunLock
 from llip_jax.training.start import starting_params
 from llip_jax.training.state import StateSpec, TrainState, init_state, state_from, state_spec

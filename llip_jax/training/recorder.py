@@ -10,9 +10,9 @@ from jaxtyping import Array
 from llip_jax.command_line import RunFailed
 from llip_jax.config import Config, ConfigError
 from llip_jax.data.records import REASONS
-from llip_jax.training.checkpoints import Progress
 from llip_jax.training.goodput import Goodput
 from llip_jax.training.metrics import MetricsWriter
+from llip_jax.training.progress import Progress
 from llip_jax.training.spikes import LossHistory
 
 

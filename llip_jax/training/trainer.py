@@ -14,18 +14,19 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from llip_jax.command_line import EXIT_FINISHED, EXIT_STOPPED, RunFailed
-from llip_jax.config import Config
+from llip_jax.config import Config, ConfigError
 from llip_jax.data.records import Batch
 from llip_jax.evaluation.evaluator import Evaluator
 from llip_jax.evaluation.results import summary
 from llip_jax.parallel import processes
 from llip_jax.parallel.sharding import batch_sharding
 from llip_jax.training import run_directory
-from llip_jax.training.checkpoints import Checkpoints, Progress, SaveFailed
+from llip_jax.training.checkpoints import Checkpoints, SaveFailed
 from llip_jax.training.goodput import Goodput
 from llip_jax.training.metrics import MetricsWriter, progress_bar, progress_of, write_json
 from llip_jax.training.preemption import Stopped, StopRequest
 from llip_jax.training.profiling import Profile
+from llip_jax.training.progress import Progress
 from llip_jax.training.recorder import Diverged, Recorder, Rewind
 from llip_jax.training.run_lock import RunLock
 from llip_jax.training.state import TrainState
@@ -33,7 +34,12 @@ from llip_jax.training.step import DEVICE_COLUMNS, NOTICE_SAVE, NOTICE_STOP, Tra
 from llip_jax.training.watchdog import Watchdog
 
 _LOST = ("Gloo", "gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "heartbeat", "Connection")
-"""What errors say where a process that was waited for is gone."""
+
+
+def tells_of_a_lost_process(error: Exception) -> bool:
+    """Whether an exchange between processes has failed, as it does where one of them is gone, and nothing else."""
+    # Data that cannot be reached is told as bad input, perhaps in the same words.
+    return not isinstance(error, ConfigError) and any(sign in str(error) for sign in _LOST)
 
 
 @dataclass(kw_only=True)
@@ -84,7 +90,7 @@ class Trainer:
                         return ended
                     state, progress = self._rewound(ended, progress)
         except (ValueError, RuntimeError) as error:
-            if jax.process_count() == 1 or not any(sign in str(error) for sign in _LOST):
+            if jax.process_count() == 1 or not tells_of_a_lost_process(error):
                 raise
             raise RunFailed(
                 "an exchange with the other processes failed: one of them has ended; its log may tell why. The same "
