@@ -15,12 +15,17 @@ class ToyWorldConfig:
     train_size: int = Field(default=20_000, ge=1)
     eval_size: int = Field(default=1_000, ge=1)
     seed: int = Field(default=0, ge=0)
+    layout: Literal["scattered", "shelf"] = "scattered"
+    """'shelf': six objects, each of another shape in a place of its own and of a random colour; a caption names one of
+    them (llip_jax/data/toyworld_shelf.py). 'scattered': groups of objects anywhere, and captions of any aspects."""
+    topics: int = Field(default=6, ge=1, le=6)
+    """Shelf: of how many of the objects captions speak, which is how diverse they are."""
     groups: int = Field(default=1, ge=1, le=3)
-    """Groups of equal objects in a scene."""
+    """Scattered: groups of equal objects in a scene."""
     aspects: tuple[int, int] = (1, 6)
-    """Fewest and most aspects that one caption mentions."""
+    """Scattered: fewest and most aspects that one caption mentions."""
     captions: int = Field(default=6, ge=1, le=32)
-    """Captions of each scene."""
+    """Captions of each scene. To evaluate, a shelf has one for each topic, in the same words where the same is true."""
     caption_noise: float = Field(default=0.0, ge=0, le=1)
     """Share of training captions taken from another scene."""
     pixel_noise: float = Field(default=0.02, ge=0)
@@ -34,6 +39,14 @@ class ToyWorldConfig:
         if not 1 <= value[0] <= value[1] <= 7:
             raise ValueError(f"expected (fewest, most) with 1 <= fewest <= most <= 7, got {value}")
         return value
+
+    @model_validator(mode="after")
+    def _of_this_layout(self) -> "ToyWorldConfig":
+        defaults = {"groups": 1, "aspects": (1, 6)} if self.layout == "shelf" else {"topics": 6}
+        for name, default in defaults.items():
+            if getattr(self, name) != default:
+                raise ValueError(f"{name}={getattr(self, name)} has no effect with layout={self.layout!r}")
+        return self
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

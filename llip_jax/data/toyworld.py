@@ -25,6 +25,7 @@ from llip_jax.data.toyworld_render import (
     class_id,
     place,
 )
+from llip_jax.data.toyworld_shelf import draw_shelf, plain_shelf_captions, shelf_captions, shelf_choices
 
 _SHAPES, _COLOURS, _SIZES, _TEXTURES, _POSITIONS = map(tuple, (SHAPES, COLOURS, SIZES, TEXTURES, POSITIONS))
 _CAPTION_ATTEMPTS = 8
@@ -48,8 +49,8 @@ class ToyWorld:
     for each group), the same of the first group as fields of their own, ``background``, ``boxes`` [n, 4] and
     ``entities`` [n] (see Scene), ``label`` (index into ``classes()``), ``scene`` (number of the scene shown), and for
     each caption ``caption_scenes`` (number of the scene it was written for: another one where it is noise) and
-    ``caption_aspects`` (what it mentions). Evaluation adds ``choices`` (a true caption and a false one) and
-    ``choice_aspect`` (in which the two differ).
+    ``caption_aspects`` (what it mentions; of a shelf, the shape it speaks of). Evaluation adds ``choices`` (a true
+    caption and a false one) and ``choice_aspect`` (in which the two differ).
     """
 
     def __init__(self, config: ToyWorldConfig, split: Literal["train", "eval"], image_size: int) -> None:
@@ -132,6 +133,8 @@ class ToyWorld:
     def _draw_scene(self, number: int) -> Scene:
         """Draws every attribute uniformly; groups of one scene differ in shape, colour and position."""
         rng = self._stream("scene", number)
+        if self.config.layout == "shelf":
+            return draw_shelf(self.image_size, rng)
         count = self.config.groups
         background, *colours = rng.sample(_COLOURS, 1 + count)
         shapes = rng.sample(_SHAPES, count)
@@ -165,14 +168,12 @@ class ToyWorld:
         Noise captions describe a scene drawn uniformly from the other ones of the split. By chance they may fit.
         """
         rng = self._stream("captions", index)
+        if self.config.layout == "shelf":
+            return self._write_shelf_captions(number, scene, rng)
         fewest, most = self.config.aspects
         captions: list[_Caption] = []
         for _ in range(self.config.captions):
-            source, described = number, scene
-            if self._caption_noise and rng.random() < self._caption_noise:
-                source = rng.randrange(max(len(self), 2) - 1)
-                source += source >= number  # any number but the scene's own
-                described = self._draw_scene(source)
+            source, described = self._described(number, scene, rng)
             for _ in range(_CAPTION_ATTEMPTS):
                 aspects = tuple(rng.sample(ASPECTS, rng.randint(fewest, most)))
                 text = describe(described, aspects, rng)
@@ -181,10 +182,32 @@ class ToyWorld:
             captions.append(_Caption(text, source, aspects))
         return captions
 
+    def _write_shelf_captions(self, number: int, scene: Scene, rng: Random) -> list[_Caption]:
+        topics = self.config.topics
+        if self.split == "eval":
+            return [_Caption(text, number, (shape,)) for text, shape in plain_shelf_captions(scene, topics)]
+        captions = []
+        for text, shape in shelf_captions(scene, topics, self.config.captions, rng):
+            source, described = self._described(number, scene, rng)
+            if source != number:
+                [(text, shape)] = shelf_captions(described, topics, 1, rng)
+            captions.append(_Caption(text, source, (shape,)))
+        return captions
+
+    def _described(self, number: int, scene: Scene, rng: Random) -> tuple[int, Scene]:
+        """The scene that a caption is written for: the own one, or with ``caption_noise`` any other."""
+        if not self._caption_noise or rng.random() >= self._caption_noise:
+            return number, scene
+        source = rng.randrange(max(len(self), 2) - 1)
+        source += source >= number
+        return source, self._draw_scene(source)
+
     def _write_choices(self, index: int, scene: Scene) -> dict[str, Any]:
         # Two only: of several captions that each change another aspect, the true one lies in the middle, and a model
         # that sees no difference would choose it less often than one in so many times.
         rng = self._stream("choices", index)
+        if self.config.layout == "shelf":
+            return {"choices": shelf_choices(scene, self.config.topics, rng), "choice_aspect": "colour"}
         false: dict[str, str] = {}
         while not false:  # A caption of sizes alone may have no false variant.
             aspects = rng.sample(ASPECTS, rng.randint(*self.config.aspects))

@@ -95,6 +95,11 @@ def describe(scene: Scene, aspects: Collection[str], rng: Random) -> str:
     return _with_setting(phrases, setting, first=False)
 
 
+def plain(group: Group) -> str:
+    """The shortest caption of a group of one object by colour and shape, always in the same words: 'a red circle'."""
+    return _with_article(f"{COLOUR_WORDS[group.colour][0]} {SHAPE_WORDS[group.shape][0]}")
+
+
 def distract(scene: Scene, aspects: Sequence[str], seed: int) -> tuple[str, dict[str, str]]:
     """A true caption of the scene, and false ones that differ from it in one of the aspects each.
 

@@ -182,7 +182,7 @@ class Scene:
 
     def _sprite(self, group: Group) -> "Sprite":
         cell = _cell_side(self.image_size, len(self.groups))
-        return sprite(group.shape, group.texture, _object_side(group.size, cell))
+        return sprite(group.shape, group.texture, object_side(group.size, cell))
 
 
 def entity_id(group: Group) -> int:
@@ -208,7 +208,7 @@ def place(
     wider than half a quadrant; then only the centers of its objects are sure to lie in the quadrant.
     """
     cell = _cell_side(image_size, groups)
-    side = _object_side(size, cell)
+    side = object_side(size, cell)
     arrangement = rng.choice(_ARRANGEMENTS[count - 1])
     axes = []
     for where, cells in zip(POSITIONS[position], zip(*arrangement, strict=True), strict=True):
@@ -220,10 +220,13 @@ def place(
 
 
 def _cell_side(image_size: int, groups: int) -> int:
-    return int(0.32 * image_size) if groups == 1 else image_size // 4
+    if groups == 1:
+        return int(0.32 * image_size)
+    return image_size // (4 if groups <= 3 else 3)  # more than three: a shelf (toyworld_shelf.py)
 
 
-def _object_side(size: str, cell: int) -> int:
+def object_side(size: str, cell: int) -> int:
+    """Pixels of an object of a size in a layout cell of so many pixels."""
     return min(cell - 1, round(SIZES[size] * cell))
 
 
