@@ -109,6 +109,21 @@ def test_tables(tmp_path, columns):
         FolderSource(tmp_path / "list.csv", FolderConfig(), "train", columns)
 
 
+@pytest.mark.parametrize(("split", "other"), [("train", "eval"), ("eval", "train")])
+def test_records_of_named_kinds_are_left_out_of_one_split_only(tmp_path, caplog, split, other):
+    kinds = [(name, kind) for name in ("train", "val") for kind in ("flag", "animal", "food")]
+    write(tmp_path, [entry(i, split=name, kind=kind) for i, (name, kind) in enumerate(kinds)])
+    config = FolderConfig(**{f"{split}_exclude": {"kind": ("flag", "food")}})
+    [left] = FolderSource(tmp_path, config, split)
+    assert left.fields["kind"] == "animal"
+    assert len(FolderSource(tmp_path, config, other)) == 3
+    assert len(FolderSource(tmp_path, FolderConfig(**{f"{split}_exclude": {"kinds": ("flag",)}}), split)) == 3
+    assert f"{split}_exclude: no record of" in caplog.text
+    assert "has a field 'kinds', nothing is excluded" in caplog.text
+    with pytest.raises(ConfigError, match=rf"{split}_exclude leaves out all of the {split} split"):
+        FolderSource(tmp_path, FolderConfig(**{f"{split}_exclude": {"kind": ("flag", "food", "animal")}}), split)
+
+
 def test_eval_exclude(tmp_path, caplog):
     write(
         tmp_path,

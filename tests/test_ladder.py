@@ -1,5 +1,6 @@
 """The ladder's runs: what is run, that it is what launch/train.py does, and the figures that are made of it."""
 
+import dataclasses
 import importlib.util
 import json
 from collections import Counter
@@ -12,10 +13,11 @@ from run_helpers import metrics
 from test_pair_scores import shortcut_cosines
 
 from benchmarks.evidence import search
-from benchmarks.evidence.cases import ABLATIONS, ARMS, SHORTCUT, Case, emoji_cases, preset, shares
+from benchmarks.evidence.cases import ABLATIONS, ARMS, SHORTCUT, Case, digest, emoji_cases, preset, shares, tuned_config
 from benchmarks.evidence.figures import GALLERY, _neighbours, shelf_figures
 from benchmarks.evidence.runs import Bench
 from benchmarks.evidence.shortcut import Shortcut
+from llip_jax.config import ConfigError
 from llip_jax.ops.pair_scores import Affine, MixtureSide, TextSide
 from llip_jax.training.loop import train
 
@@ -149,8 +151,9 @@ def test_every_rung_has_the_same_trials_on_data_of_their_own() -> None:
 
 def test_the_best_trial_of_each_rung_is_chosen() -> None:
     def row(arm: str, rate: float, figure: float) -> dict:
+        seed = int(rate)
         changes = {"data.toyworld.seed": 1, "optimizer.learning_rate": rate}
-        return {"data": "toyworld", "arm": arm, "changes": changes, "figures": {"zero_shot": figure}}
+        return {"data": "toyworld", "arm": arm, "seed": seed, "changes": changes, "figures": {"zero_shot": figure}}
 
     rows = [row("siglip", 1, 0.5), row("clip", 2, 0.1), row("siglip", 3, 0.7), row("siglip", 4, 0.7)]
     assert search.best(rows) == {
@@ -178,15 +181,68 @@ def ladder():
     spec = importlib.util.spec_from_file_location("ladder", ROOT / "benchmarks" / "ladder.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.SEARCH = ROOT / "nowhere"
     return module
+
+
+def rows_of(cases: list[Case]) -> list[dict]:
+    return [
+        {**vars(case), "data": case.data, "figures": {}, "config": digest(tuned_config(case, {}))} for case in cases
+    ]
 
 
 def test_what_is_in_the_results_is_not_run_again(ladder, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "results.jsonl"
-    for case in preset("smoke", range(1)):
-        ladder._append(out, {**vars(case), "data": "toyworld", "figures": {}})
+    for row in rows_of(preset("smoke", range(1))):
+        ladder._append(out, row)
     assert ladder.main(["--preset", "smoke", "--seeds", "1", "--out", str(out), "--jobs", "1"]) == 0
     assert "7 runs, 7 of them done before" in capsys.readouterr().out
+
+
+def test_results_of_another_configuration_are_not_taken_for_this_ones(ladder, tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    row = rows_of(preset("smoke", range(1)))[0]
+    ladder._append(out, row | {"config": "of an older version"})
+    with pytest.raises(ConfigError, match="of another configuration"):
+        ladder.main(["--preset", "smoke", "--seeds", "1", "--out", str(out)])
+
+
+def test_a_torn_line_goes_and_a_whole_one_stays(ladder, tmp_path: Path) -> None:
+    out = tmp_path / "results.jsonl"
+    for tail, left in [(b'{"a": 1}\n{"b": ', [{"a": 1}]), (b'{"a": 1}\n{"b": 2}', [{"a": 1}, {"b": 2}]), (b"", [])]:
+        out.write_bytes(tail)
+        ladder._append(out, {"c": 3})
+        assert [json.loads(line) for line in out.read_text().splitlines()] == [*left, {"c": 3}]
+
+
+def test_a_search_that_is_not_finished_chooses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    rows = [{**row, "figures": {"zero_shot": 0.5}} for row in rows_of(search.trials())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
+    with pytest.raises(ConfigError, match="1 trials on toyworld are missing"):
+        search.chosen(path, ["toyworld"])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert set(search.chosen(path, ["toyworld"])) == {f"toyworld/{rung}" for rung in search.RUNGS["toyworld"]}
+
+
+def test_a_run_that_fails_is_told_and_the_others_are_done(ladder, tmp_path: Path, monkeypatch, capsys) -> None:
+    class Failing:
+        def __init__(self, *_: object):
+            pass
+
+        def run(self, case: Case) -> dict:
+            if case.arm == "siglip":
+                raise ValueError("not a number")
+            return rows_of([case])[0]
+
+    monkeypatch.setattr("benchmarks.evidence.runs.Bench", Failing)
+    cases = preset("smoke", range(1))
+    plan = {"cases": [dataclasses.asdict(case) for case in cases], "worker": 0, "workers": 1}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    words = ["--preset", "smoke", "--out", str(tmp_path / "out.jsonl"), "--worker", str(tmp_path / "plan.json")]
+    assert ladder.main([*words, str(tmp_path)]) == 1
+    assert "not a number" in capsys.readouterr().err
+    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == sum(case.arm != "siglip" for case in cases)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +251,8 @@ def test_what_is_in_the_results_is_not_run_again(ladder, tmp_path: Path, capsys:
         (["--seeds", "0"], "--seeds: expected at least 1, got 0"),
         (["--emoji", "nowhere"], "--emoji: no captions.jsonl in 'nowhere'"),
         (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--jobs", "0"], "--jobs: expected at least 1, got 0"),
+        (["--preset", "none"], "there is nothing to run"),
     ],
 )
 def test_mistakes_are_named(ladder, words: list[str], said: str, capsys: pytest.CaptureFixture) -> None:

@@ -1,12 +1,13 @@
 """What is run: the rungs of the ladder, their ablations, and how large they are."""
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from llip_jax.config import Config, resolve
+from llip_jax.config import Config, resolve, to_dict
 from llip_jax.config_files import overridden, read
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -55,7 +56,7 @@ EMOJI = {
     "model.text.mlp": 256,
     "model.text.length": 16,
     "train.batch_size": 64,
-    "train.steps": 1500,
+    "train.steps": 1000,
     "data.source": "folder",
     "data.tokenizer.vocabulary_size": 4096,
     "data.captions.slots": 2,
@@ -63,6 +64,8 @@ EMOJI = {
     "data.augment.crop_scale": (0.7, 1.0),
     "data.augment.color": 0.3,
     "data.augment.grayscale": 0.1,
+    # Concepts whose every drawing is kept from training: whether names are understood, or only known.
+    "data.folder.train_exclude": {"concept_split": ("unseen",)},
     "data.folder.eval_exclude": {"category": ("Flags",)},
     "eval.tasks": ("retrieval",),
     "eval.choice_field": None,
@@ -82,6 +85,11 @@ class Case:
     scale: str = "small"
     changes: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Case":
+        """The case of a row of results."""
+        return cls(**{own.name: row[own.name] for own in fields(cls)})
+
     @property
     def data(self) -> str:
         """Name of the data set."""
@@ -99,19 +107,19 @@ class Case:
             emoji: the folder.
         """
         variant, tokens = ARMS[self.arm]
-        fields: dict[str, Any] = {"seed": self.seed, "model.mixture_tokens": tokens, **SCALES[self.scale]}
+        changed: dict[str, Any] = {"seed": self.seed, "model.mixture_tokens": tokens, **SCALES[self.scale]}
         if self.topics is None:
-            fields |= EMOJI | {"data.path": emoji}
+            changed |= EMOJI | {"data.path": emoji}
             if self.scale == "smoke":
-                fields["train.steps"] = SCALES["smoke"]["train.steps"]
+                changed["train.steps"] = SCALES["smoke"]["train.steps"]
         else:
-            fields["data.toyworld.topics"] = self.topics
-        fields |= {**tuned, **self.changes}
-        fields.pop(SHORTCUT, None)
+            changed["data.toyworld.topics"] = self.topics
+        changed |= {**tuned, **self.changes}
+        changed.pop(SHORTCUT, None)
         raw = read(f"{CONFIGS / 'llip_ladder.py'}:{variant}")
         if self.topics is None:
             raw["data"].pop("toyworld")
-        words = [f"{name}={value if isinstance(value, str) else repr(value)}" for name, value in fields.items()]
+        words = [f"{name}={value if isinstance(value, str) else repr(value)}" for name, value in changed.items()]
         return resolve(overridden(raw, words))
 
 
@@ -123,8 +131,11 @@ ABLATIONS: tuple[dict[str, Any], ...] = (
     *({"data.captions.slots": value} for value in (1, 2)),
 )
 """Of Llip with K = 16; what was chosen for it anyway repeats the run, which shows how exactly runs repeat."""
-WIDTHS = (4, 16, 32)
-"""Joint widths, of Llip with K = 16 and SigLIP."""
+COMPARED: tuple[dict[str, Any], ...] = (
+    {"train.steps": 4500},
+    *({"model.embed_dim": value} for value in (4, 16, 32)),
+)
+"""Of Llip with K = 16 and SigLIP: three times as long, and other joint widths."""
 ABLATION_SEEDS = 3
 
 
@@ -138,13 +149,30 @@ def emoji_cases(seeds: Sequence[int] = SEEDS, scale: str = "small") -> list[Case
     return [Case(arm, seed, None, scale) for seed in seeds for arm in _RUNGS]
 
 
-def shares(cases: Sequence[Case], jobs: int) -> list[list[Case]]:
-    """The cases of each worker: those that see the same batches one after the other in the same worker."""
-    groups: dict[tuple[int, int | None], list[Case]] = {}
+def tuned_config(case: Case, tuned: Mapping[str, Mapping[str, Any]], emoji: str = "FOLDER") -> Config:
+    """The configuration of a case with what was chosen for its rung ("toyworld/siglip")."""
+    return case.config(tuned.get(f"{case.data}/{RUNG[case.arm]}", {}), emoji)
+
+
+def digest(config: Config) -> str:
+    """Equal for equal configurations, wherever the data lies."""
+    fields = to_dict(config)
+    fields["data"]["path"] = ""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def groups(cases: Sequence[Case]) -> list[list[Case]]:
+    """Cases that see the same batches."""
+    found: dict[tuple[int, int | None], list[Case]] = {}
     for case in cases:
-        groups.setdefault((case.seed, case.topics), []).append(case)
+        found.setdefault((case.seed, case.topics), []).append(case)
+    return list(found.values())
+
+
+def shares(cases: Sequence[Case], jobs: int) -> list[list[Case]]:
+    """The cases of each worker: those of a group one after the other in the same one."""
     shares: list[list[Case]] = [[] for _ in range(jobs)]
-    for group in groups.values():
+    for group in groups(cases):
         min(shares, key=len).extend(group)
     return shares
 
@@ -169,4 +197,4 @@ def _cases(name: str, seeds: Sequence[int]) -> Iterator[Case]:
         yield from (Case(arm, seed, topics, scale) for topics in (2, 3, 4, 5) for arm in ("siglip", "llip_16"))
     for seed in seeds[:ABLATION_SEEDS]:
         yield from (Case("llip_16", seed, 6, scale, changes) for changes in ABLATIONS)
-        yield from (Case(arm, seed, 6, scale, {"model.embed_dim": d}) for d in WIDTHS for arm in ("siglip", "llip_16"))
+        yield from (Case(arm, seed, 6, scale, changes) for changes in COMPARED for arm in ("siglip", "llip_16"))

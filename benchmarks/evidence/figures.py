@@ -78,9 +78,9 @@ def recalls(prefix: str, reading: Reading, group_field: str = "") -> tuple[Figur
             figures[name] = result.figures[f"{direction}_recall_at_{k}"]
             chance[name] = result.figures[f"{direction}_recall_at_{k}_chance"]
             for value in sorted(set(groups)) if direction == "image_to_text" else ():
-                some = outcome._replace(values=outcome.values[groups[outcome.unit] == value], chance=None)
-                figures[f"{value}_{name}"] = float(some.values.mean())
-                chance[f"{value}_{name}"] = chance[name]
+                some = groups[outcome.unit] == value
+                figures[f"{value}_{name}"] = float(outcome.values[some].mean())
+                chance[f"{value}_{name}"] = float(outcome.chance[some].mean())
     return figures, chance
 
 
@@ -110,7 +110,7 @@ def controls(
     """Figures of a Llip that is used wrongly.
 
     ``wrong_caption``: images are mixed by another caption than the one they are scored with; ``wrong_object`` and
-    ``wrong_colour``: by one that differs in this only. ``shuffled_tokens``: every mixture token is of another image.
+    ``wrong_colour``: by one that differs in this only. ``shuffled_tokens``: every mixture token is of a random image.
     """
     images = np.stack([source[row].image for row in reading.rows])
     tokens, mask = tokenizer.encode(reading.texts, length)

@@ -21,15 +21,15 @@ from benchmarks.evidence.rows import (
     TOPICS,
     Interval,
     Rows,
-    _field,
-    _label,
-    _topics,
     ablations,
     arms_of,
     by_scale,
     chance_of,
+    field_name,
     interval,
+    label_name,
     select,
+    topics_name,
     values,
 )
 
@@ -97,7 +97,7 @@ def _ladder_plot(rows: Rows) -> Figure | None:
         arms = {arm: runs[topics].get(arm, []) for arm in LADDER if any(arm in own for own in runs.values())}
         for figure, axes in zip(MAIN, column, strict=True):
             _panel(axes, arms, figure)
-            axes.set_title(f"{_label(figure)}, {_topics(topics)}")
+            axes.set_title(f"{label_name(figure)}, {topics_name(topics)}")
     panels[0, 0].set_xlim(-2, 102)
     drawing.suptitle("ToyWorld's shelf, by arm")
     drawing.supxlabel(DOTS, fontsize=10)
@@ -133,11 +133,11 @@ def _tokens_plot(rows: Rows) -> Figure | None:
         axes.set_xscale("log", base=2)
         axes.set_xticks([*TOKENS.values()], [str(k) for k in TOKENS.values()])
         axes.minorticks_off()
-        axes.set(title=_label(figure), xlabel="mixture tokens K", ylim=(0, 102))
+        axes.set(title=label_name(figure), xlabel="mixture tokens K", ylim=(0, 102))
         _chance(axes.axhline, [row for own in arms.values() for row in own], figure)
     drawing.axes[0].set_ylabel("%")
     drawing.legend(*axes.get_legend_handles_labels(), loc="outside right center")
-    drawing.suptitle(f"Llip by the number of its mixture tokens, {_topics(6)}")
+    drawing.suptitle(f"Llip by the number of its mixture tokens, {topics_name(6)}")
     return drawing
 
 
@@ -158,7 +158,7 @@ def _spectrum_plot(rows: Rows) -> Figure | None:
         axes.set(title=title, xlabel="singular value, largest first")
     drawing.axes[0].set_ylabel("relative to the largest (mean over seeds)")
     drawing.axes[0].legend(loc="lower left")
-    drawing.suptitle(f"Singular values of the image embeddings, {_topics(6)}")
+    drawing.suptitle(f"Singular values of the image embeddings, {topics_name(6)}")
     return drawing
 
 
@@ -175,7 +175,7 @@ def _curves_plot(rows: Rows) -> Figure | None:
     axes.yaxis.set_major_formatter(LogFormatter())
     axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     axes.grid(visible=True, which="both")
-    axes.set_title(f"Training loss by arm, {_topics(6)}")
+    axes.set_title(f"Training loss by arm, {topics_name(6)}")
     axes.legend()
     return drawing
 
@@ -197,7 +197,7 @@ def _ablations_plot(rows: Rows) -> Figure | None:
             axes.axhline(_percent(select(rows, arm, topics), "zero_shot").mean, color=ARMS[arm].colour, linewidth=1)
         _chance(axes.axhline, [row for row in rows if row["topics"] == topics], "zero_shot")
         axes.set_xticks(range(len(places)), [str(value) for value in places])
-        axes.set(title=_field(field) + ("" if topics == 6 else f", {_topics(topics)}"), ylim=(0, 102))
+        axes.set(title=field_name(field) + ("" if topics == 6 else f", {topics_name(topics)}"), ylim=(0, 102))
         axes.set_xlim(-0.5, len(places) - 0.5)
         legend |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     for axes in panels.flat[len(groups) :]:
@@ -219,7 +219,7 @@ def _emoji_plot(rows: Rows) -> Figure | None:
     for kind, column in zip(EMOJI, panels.T, strict=True):
         for figure, axes in zip(EMOJI[kind], column, strict=True):
             _panel(axes, arms, figure)
-            axes.set_title(_label(figure.replace(f"{kind}_", "")) + f", {KINDS[kind]}")
+            axes.set_title(label_name(figure.replace(f"{kind}_", "")) + f", {KINDS[kind]}")
     panels[0, 0].set_xlim(left=0)
     drawing.suptitle("Emoji: concepts seen and unseen in training, by arm")
     drawing.supxlabel(DOTS, fontsize=10)

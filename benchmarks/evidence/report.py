@@ -17,15 +17,15 @@ from benchmarks.evidence.rows import (
     TOKENS,
     TOPICS,
     Rows,
-    _field,
-    _label,
-    _topics,
     ablations,
     arms_of,
     by_scale,
     chance_of,
+    field_name,
+    label_name,
     paired,
     select,
+    topics_name,
     values,
 )
 
@@ -65,7 +65,7 @@ def _table(
     """A line for each (label, rows, rows of its reference); chance last, where it is known."""
     figures = [figure for figure in figures if any(values(own, figure) for _, own, _ in lines)]
     compared = [figure for figure in figures if figure in compared]
-    table = [["", *map(_label, figures), *(f"{reference} − it: {_label(figure)}" for figure in compared), "n"]]
+    table = [["", *map(label_name, figures), *(f"{reference} − it: {label_name(figure)}" for figure in compared), "n"]]
     for label, own, other in lines:
         levels = [_level(own, figure) for figure in figures]
         gaps = ["" if own == other else _difference(other, own, figure) for figure in compared]
@@ -96,7 +96,7 @@ def _with_costs(table: Table, arms: dict[str, Rows]) -> Table:
 def _ladder(rows: Rows) -> Iterable[tuple[str, Table]]:
     for topics in (6, 1):
         if arms := arms_of(rows, LADDER, topics):
-            yield f"The ladder, {_topics(topics)} of captions", _with_costs(_of_arms(arms, MAIN, COMPARED), arms)
+            yield f"The ladder, {topics_name(topics)} of captions", _with_costs(_of_arms(arms, MAIN, COMPARED), arms)
 
 
 def _gains(rows: Rows) -> Iterable[tuple[str, Table]]:
@@ -108,7 +108,7 @@ def _gains(rows: Rows) -> Iterable[tuple[str, Table]]:
                 gaps = [_difference(llip, select(rows, arm, topics), figure) for arm in baselines]
                 table.append([str(topics), _level(llip, figure), *gaps, str(len(llip))])
         if len(table) > 2:
-            yield f"What Llip gains, by topics of captions: {_label(figure)}", table
+            yield f"What Llip gains, by topics of captions: {label_name(figure)}", table
 
 
 def _tokens(rows: Rows) -> Iterable[tuple[str, Table]]:
@@ -116,7 +116,7 @@ def _tokens(rows: Rows) -> Iterable[tuple[str, Table]]:
         if len(arms := arms_of(rows, TOKENS, topics)) > 1:
             table = _with_costs(_of_arms(arms, MAIN, COMPARED), arms)
             table[0] = [heading.replace("Llip", "K = 16") for heading in table[0]]
-            yield f"Mixture tokens, {_topics(topics)}", table
+            yield f"Mixture tokens, {topics_name(topics)}", table
 
 
 def _ablations(rows: Rows) -> Iterable[tuple[str, Table]]:
@@ -131,7 +131,7 @@ def _ablations(rows: Rows) -> Iterable[tuple[str, Table]]:
                 other = select(rows, arm, topics) if len(arms) == 1 else select(rows, LLIP, topics, changes)
                 lines.append((f"{value}, {ARMS[arm].name}", own, other))
         reference = "default" if len(arms) == 1 else "Llip"
-        yield f"Ablation, {_topics(topics)}: {_field(field)}", _table(lines, MAIN, COMPARED, reference)
+        yield f"Ablation, {topics_name(topics)}: {field_name(field)}", _table(lines, MAIN, COMPARED, reference)
 
 
 def _controls(rows: Rows) -> Iterable[tuple[str, Table]]:
@@ -143,12 +143,12 @@ def _controls(rows: Rows) -> Iterable[tuple[str, Table]]:
             if values(plain, "zero_shot"):
                 lines.append((label, plain if prefix else own, own))
         if len(lines) > 1:
-            yield f"Controls, {_topics(6)}: {ARMS[arm].name}", _table(lines, MAIN, COMPARED, "as trained")
+            yield f"Controls, {topics_name(6)}: {ARMS[arm].name}", _table(lines, MAIN, COMPARED, "as trained")
     for arm in ARMS:
         if shortcut := select(rows, arm, 6, {"shortcut": True}):
             honest = select(rows, arm)
             lines = [("mixed by the caption scored", honest, honest), ("shortcut", shortcut, honest)]
-            yield f"Shortcut, {_topics(6)}: {ARMS[arm].name}", _table(lines, ("loss", *MAIN), (), "as trained")
+            yield f"Shortcut, {topics_name(6)}: {ARMS[arm].name}", _table(lines, ("loss", *MAIN), (), "as trained")
 
 
 def _ranks(rows: Rows) -> Iterable[tuple[str, Table]]:
@@ -159,9 +159,9 @@ def _ranks(rows: Rows) -> Iterable[tuple[str, Table]]:
         table = _of_arms(arms, RANKS, ())
         llip, siglip = arms.get(LLIP, []), arms.get("siglip", [])
         if gap := paired(llip, siglip, RANKS[0]).n:
-            differences = [_difference(llip, siglip, f) for f in RANKS if _label(f) in table[0]]
+            differences = [_difference(llip, siglip, f) for f in RANKS if label_name(f) in table[0]]
             table.append([f"{ARMS[LLIP].name} − SigLIP", *differences, str(gap)])
-        yield f"Effective rank, {'emoji' if topics is None else _topics(topics)}", table
+        yield f"Effective rank, {'emoji' if topics is None else topics_name(topics)}", table
 
 
 def _emoji(rows: Rows) -> Iterable[tuple[str, Table]]:
@@ -199,7 +199,9 @@ def summary(rows: Rows) -> str:
     for scale, own in by_scale(rows).items():
         for topics in (6, 1):
             if arms := arms_of(own, LADDER, topics):
-                lines.append(f"ToyWorld, {_topics(topics)} of captions{_scale(scale)}: zero-shot accuracy and R@1 in %")
+                lines.append(
+                    f"ToyWorld, {topics_name(topics)} of captions{_scale(scale)}: zero-shot accuracy and R@1 in %"
+                )
                 lines += [*_columns(_of_arms(arms, MAIN, COMPARED)), ""]
     return "\n".join([*lines, SHORT_NOTE])
 
@@ -207,7 +209,7 @@ def summary(rows: Rows) -> str:
 def _columns(table: Table) -> Iterable[str]:
     """Lines in columns, each difference beside its figure, so that a short heading does."""
     header = table[0]
-    pairs = ((_label(figure), f"Llip − it: {_label(figure)}") for figure in MAIN)
+    pairs = ((label_name(figure), f"Llip − it: {label_name(figure)}") for figure in MAIN)
     order = [0, *(header.index(name) for pair in pairs for name in pair if name in header), len(header) - 1]
     short = [name.split(":")[0].removesuffix(" R@1") for name in header]
     chosen = [[line[column] for column in order] for line in (short, *table[1:])]

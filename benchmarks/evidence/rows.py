@@ -51,7 +51,7 @@ FIGURES = {
     "effective_rank_tower": "tower's output",
 }
 MAIN = ("zero_shot", "image_to_text_r1", "text_to_image_r1")
-COMPARED = MAIN[:2]
+COMPARED = ("zero_shot", "text_to_image_r1")
 RANKS = tuple(figure for figure in FIGURES if figure.startswith("effective_rank"))
 EMOJI = {
     kind: tuple(
@@ -159,7 +159,7 @@ def ablations(rows: Rows) -> dict[tuple[str, int], list[tuple[Any, str]]]:
     return {group: sorted(found, key=lambda pair: (pair[0], order.index(pair[1]))) for group, found in groups.items()}
 
 
-def _label(figure: str) -> str:
+def label_name(figure: str) -> str:
     """``seen_names_image_to_text_r1``: seen names image→text R@1."""
     for known, label in FIGURES.items():
         if figure.endswith(known):
@@ -167,11 +167,11 @@ def _label(figure: str) -> str:
     return figure.replace("_", " ")
 
 
-def _topics(topics: int) -> str:
+def topics_name(topics: int) -> str:
     return "one topic" if topics == 1 else f"{topics} topics"
 
 
-def _field(field: str) -> str:
+def field_name(field: str) -> str:
     return FIELDS.get(field, field)
 
 

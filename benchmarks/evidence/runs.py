@@ -5,16 +5,16 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.evidence.cases import RUNG, SHORTCUT, Case
+from benchmarks.evidence.cases import RUNG, SHORTCUT, Case, digest, tuned_config
 from benchmarks.evidence.figures import Figures, controls, recalls, shelf_figures, spectra
 from benchmarks.evidence.shortcut import make_shortcut_step
 from llip_jax.config import Config, to_dict
@@ -39,11 +39,12 @@ _KEPT_BYTES = 2**30
 """Of batches that are kept for the next arm."""
 
 
-class Remembered(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Remembered:
     """A source whose records are made once: all arms and seeds read the same ones."""
 
     source: Source
-    records: dict[int, Record]
+    records: dict[int, Record] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -69,14 +70,10 @@ class Bench:
 
     def config(self, case: Case) -> Config:
         """The configuration of a case, with what was chosen for its rung."""
-        return case.config(self.tuned.get(f"{case.data}/{RUNG[case.arm]}", {}), self.emoji)
+        return tuned_config(case, self.tuned, self.emoji)
 
-    def run(self, case: Case, progress: Callable[[int], Any] = lambda _: None) -> dict[str, Any]:
-        """Trains and evaluates; the row of results.
-
-        Args:
-            progress: called with the number of steps done since the last call.
-        """
+    def run(self, case: Case) -> dict[str, Any]:
+        """Trains and evaluates; the row of results."""
         started = time.perf_counter()
         config = self.config(case)
         shared = dataclasses.replace(config, seed=0)
@@ -84,13 +81,15 @@ class Bench:
         if key not in self._programs:
             self._programs[key] = _Program(shared, *self._data_of(config), shortcut=SHORTCUT in case.changes)
         program = self._programs[key]
-        params, losses, step_s = program.train(config.seed, self._batches_of(config, program), progress)
+        params, losses, step_s = program.train(config.seed, self._batches_of(config, program))
         figures, chance, spectrum = self._figures(case, config, program, params)
         every = max(1, config.train.steps // _POINTS)
         ends = range(every, config.train.steps + 1, every)
         return {
             **dataclasses.asdict(case),
             "data": case.data,
+            "config": digest(config),
+            "tuned": dict(self.tuned.get(f"{case.data}/{RUNG[case.arm]}", {})),
             "figures": {"loss": float(losses[-LAST:].mean()), **figures},
             "chance": chance,
             "spectrum": spectrum,
@@ -111,7 +110,7 @@ class Bench:
         key = _data_key(config)
         if key not in self._data:
             source = build_source(config.data, "train", config.model.image_size)
-            parts = tuple(dataclasses.replace(part, source=Remembered(part.source, {})) for part in source.parts)
+            parts = tuple(dataclasses.replace(part, source=Remembered(part.source)) for part in source.parts)
             path = self._cache / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
             tokenizer = build_tokenizer(config.data.tokenizer, source, path, config.model.text.length)
             self._data[key] = Mixture(parts), tokenizer
@@ -139,6 +138,7 @@ class Bench:
             return batches
         key = json.dumps([_data_key(config), config.seed, train.batch_size, train.steps])
         if self._batches[0] != key:
+            self._batches = "", []  # before the new ones are made
             self._batches = key, list(batches)
         return self._batches[1]
 
@@ -151,11 +151,10 @@ class Bench:
             figures = {f"effective_rank_{name}": own["effective_rank"] for name, own in ranks.items()}
             if case.topics is None:
                 found, chance = recalls("names_", reading, "concept_split")
-                others = {"any_": dataclasses.replace(config.data.folder, specific_field=None)}
-                for prefix, folder in others.items():
-                    some = dataclasses.replace(config, data=dataclasses.replace(config.data, folder=folder))
-                    more = recalls(prefix, program.evaluator(some).read(params), "concept_split")
-                    found, chance = found | more[0], chance | more[1]
+                folder = dataclasses.replace(config.data.folder, specific_field=None)
+                of_any = dataclasses.replace(config, data=dataclasses.replace(config.data, folder=folder))
+                more = recalls("any_", program.evaluator(of_any).read(params), "concept_split")
+                found, chance = found | more[0], chance | more[1]
                 if self.coco:
                     more = recalls("coco_", program.evaluator(_on_photographs(config, self.coco)).read(params))
                     found, chance = found | more[0], chance | more[1]
@@ -219,9 +218,7 @@ class _Program:
             )
         return self._evaluators[key]
 
-    def train(
-        self, seed: int, batches: Iterable[Batch], progress: Callable[[int], Any]
-    ) -> tuple[Any, np.ndarray, float]:
+    def train(self, seed: int, batches: Iterable[Batch]) -> tuple[Any, np.ndarray, float]:
         """Parameters after the last step, the loss of every step, seconds a step."""
         config = dataclasses.replace(self.config, seed=seed)
         with jax.set_mesh(self.mesh):
@@ -233,6 +230,5 @@ class _Program:
                 inputs = {**{name: batch[name] for name in DEVICE_COLUMNS}, **rest}
                 state, metrics = self._step(state, jax.device_put(inputs, shardings))
                 losses.append(metrics["loss"])
-                progress(1)
             fetched = np.asarray(jax.device_get(losses))
         return state.params, fetched, (time.perf_counter() - started) / config.train.steps

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from llip_jax.config import Config, PairScoresConfig
 from llip_jax.objectives.objective import Forward, objective
 from llip_jax.ops.pair_scores import MixtureSide, normalize
+from llip_jax.training.optimizer import clamp_logit_scale
 from llip_jax.training.state import StateSpec, TrainState
 from llip_jax.training.step import Batch, Metrics, TrainStep
 
@@ -46,7 +47,7 @@ def make_shortcut_step(config: Config, spec: StateSpec, optimizer: optax.Gradien
 
         (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params = clamp_logit_scale(optax.apply_updates(state.params, updates), state.params)
         return state._replace(step=state.step + 1, params=params, opt_state=opt_state), {"loss": value}
 
     return train_step

@@ -62,8 +62,10 @@ class FolderConfig:
     """Record field saying how many leading captions are specific to the image; where a record lacks it, all are."""
     duplicate_field: str | None = "pixel_id"
     """Record field that is equal for identical images; where a record lacks it, the image is taken to be unique."""
+    train_exclude: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Training leaves out records whose field has one of these values; a field that no record has is reported."""
     eval_exclude: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Evaluation leaves out records whose field has one of these values; a field that no record has is reported."""
+    """Evaluation likewise."""
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

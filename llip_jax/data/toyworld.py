@@ -109,7 +109,10 @@ class ToyWorld:
 
     def identity(self) -> Mapping[str, str]:
         """Changes with the configuration, the split, the image size, and whatever changes the first records."""
-        parts = [repr((dataclasses.asdict(self.config), self.split, self.image_size))]
+        config = dataclasses.asdict(self.config)
+        if self.config.layout == "scattered":  # Runs from before there was a shelf go on.
+            del config["layout"], config["topics"]
+        parts = [repr((config, self.split, self.image_size))]
         for index in range(min(16, len(self))):
             record = self[index]
             parts += [record.image_group, *record.captions]

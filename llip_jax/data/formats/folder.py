@@ -80,7 +80,7 @@ class FolderSource:
         self._config, self._limits = config, limits
 
         images = _ImageFiles(self._root)
-        exclude = config.eval_exclude if split == "eval" else {}
+        exclude = config.eval_exclude if split == "eval" else config.train_exclude
         wanted = config.train_split if split == "train" else config.eval_split
         split_sizes: Counter[str] = Counter()
         field_names: set[str] = set()
@@ -107,11 +107,11 @@ class FolderSource:
             raise ConfigError(f"{file} is empty; expected one record a line")
         for unknown in sorted(set(exclude) - field_names):
             _logger.warning(
-                "data.folder.eval_exclude: no record of %s has a field %r, nothing is excluded", file, unknown
+                "data.folder.%s_exclude: no record of %s has a field %r, nothing is excluded", split, file, unknown
             )
         if not selected:
             sizes = ", ".join(f"{name!r} ({count} records)" for name, count in sorted(split_sizes.items()))
-            reason = "data.folder.eval_exclude leaves out all of" if wanted in split_sizes else "no record is in"
+            reason = f"data.folder.{split}_exclude leaves out all of" if wanted in split_sizes else "no record is in"
             section = field.removesuffix(".path").removesuffix(".eval_path")
             hint = (
                 f"; {section}.folder.{split}_split names another"
