@@ -4,6 +4,7 @@
     python benchmarks/ladder.py --preset full ...                                  # and ablations: an hour
     python benchmarks/ladder.py --preset none --emoji FOLDER [--coco FOLDER] ...   # real pictures: half an hour
     python benchmarks/ladder.py --search [--emoji FOLDER] --out trials.jsonl       # the trials behind the settings
+    python benchmarks/ladder.py --ways --emoji FOLDER --out ways.jsonl             # what was tried to win on emoji
 
 Appends one JSON line a run to --out and skips what is there already, so it may be stopped at any time. With --report it
 also writes tables and plots of all that is there. What the figures mean: docs/results.md. Linux and macOS.
@@ -33,7 +34,7 @@ from tqdm import tqdm  # noqa: E402
 from benchmarks.evidence.cases import Case, digest, emoji_cases, groups, preset, shares, tuned_config  # noqa: E402
 from benchmarks.evidence.report import markdown, summary  # noqa: E402
 from benchmarks.evidence.rows import Rows, read  # noqa: E402
-from benchmarks.evidence.search import chosen, trials, without_test  # noqa: E402
+from benchmarks.evidence.search import chosen, trials, ways, without_test  # noqa: E402
 from llip_jax.config import ConfigError  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -48,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
     presets = ("quick", "full", "gpu", "smoke", "none")
     parser.add_argument("--preset", choices=presets, default="quick", help="which runs on ToyWorld")
     parser.add_argument("--search", action="store_true", help="the trials of every rung instead")
+    parser.add_argument("--ways", action="store_true", help="what else was tried for Llip on emoji")
     parser.add_argument("--emoji", default="", metavar="FOLDER", help="runs on emoji too: a folder with captions.jsonl")
     parser.add_argument("--coco", default="", metavar="FOLDER", help="photographs to evaluate the emoji runs on")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="paired seeds (default: 5)")
@@ -62,10 +64,14 @@ def main(argv: Sequence[str]) -> int:
     for name, folder in {"--emoji": args.emoji, "--coco": args.coco}.items():
         if folder and not (Path(folder) / "captions.jsonl").is_file():
             parser.error(f"{name}: no captions.jsonl in {folder!r}")
+    if args.ways and not args.emoji:
+        parser.error("--ways: expected --emoji beside it")
+    args.search |= args.ways
     cases = _cases(args)
     if not cases:
         parser.error("--preset none: expected --emoji or --search beside it, there is nothing to run")
-    out = args.out or (SEARCH if args.search else RESULTS / "ladder.jsonl")
+    name = "ladder_ways" if args.ways else "ladder_search" if args.search else "ladder"
+    out = args.out or RESULTS / f"{name}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     tuned = {} if args.search else chosen(SEARCH, {case.data for case in cases if case.scale != "smoke"})
     if args.worker:
@@ -86,6 +92,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _cases(args: argparse.Namespace) -> list[Case]:
     """What there is to do in all."""
+    if args.ways:
+        return ways()
     if args.search:
         return trials("emoji" if args.emoji else "toyworld")
     cases = [] if args.preset == "none" else preset(args.preset, range(args.seeds))

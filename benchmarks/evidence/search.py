@@ -47,6 +47,30 @@ def trials(data: str = "toyworld") -> list[Case]:
     return cases
 
 
+def ways() -> list[Case]:
+    """What was tried on emoji, where Llip does not win: on the validation vendor, SigLIP first."""
+    common = {
+        **_SHORTER,
+        "optimizer.learning_rate": 0.0012,
+        "optimizer.weight_decay": 0.01,
+        "model.logit_scale": 20.0,
+    }
+    llip = {"model.mixer_temperature": 5.0, "model.mixer_heads": 4}
+    sharp = llip | {"model.mixer_temperature": 1.0}
+    tried: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("siglip", {}),
+        ("llip_16", sharp),
+        ("llip_16", llip | {"optimizer.rates": {"vision/tokens": 30.0}}),
+        ("llip_4", llip),
+        ("llip_1", llip),
+        ("llip_16", sharp | {"optimizer.learning_rate": 0.0025}),
+        ("llip_16", llip | {"model.mixer_key_bias": True}),
+        ("llip_16", sharp | {"train.steps": 1800}),
+        ("siglip", {"train.steps": 1800}),
+    )
+    return [Case(arm, 1002, None, "small", common | changes) for arm, changes in tried]
+
+
 def without_test(emoji: Path, folder: Path) -> Path:
     """A copy of the emoji without the test vendor's, the validation vendor's being held out."""
     shutil.copytree(emoji / "images", folder / "images")
