@@ -65,8 +65,6 @@ def ways() -> list[Case]:
         ("llip_1", llip),
         ("llip_16", sharp | {"optimizer.learning_rate": 0.0025}),
         ("llip_16", llip | {"model.mixer_key_bias": True}),
-        ("llip_16", sharp | {"train.steps": 1800}),
-        ("siglip", {"train.steps": 1800}),
     )
     return [Case(arm, 1002, None, "small", common | changes) for arm, changes in tried]
 
