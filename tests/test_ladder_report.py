@@ -169,7 +169,7 @@ def test_every_section_of_a_full_set(rows: list[dict[str, Any]]) -> None:
         "The ladder, 6 topics of captions",
         "The ladder, one topic of captions",
         "What Llip gains, by topics of captions: zero-shot",
-        "What Llip gains, by topics of captions: image→text R@1",
+        "What Llip gains, by topics of captions: text→image R@1",
         "Mixture tokens, 6 topics",
         *(f"Controls, 6 topics: Llip, K = {k}" for k in (1, 4, 16, 64)),
         "Shortcut, 6 topics: Llip, K = 16",
