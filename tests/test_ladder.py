@@ -207,6 +207,13 @@ def test_results_of_another_configuration_are_not_taken_for_this_ones(ladder, tm
         ladder.main(["--preset", "smoke", "--seeds", "1", "--out", str(out)])
 
 
+def test_committed_trials_and_runs_are_found_again(ladder, monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(ladder, "SEARCH", ladder.RESULTS / "ladder_search.jsonl")
+    for words, count in [(["--search"], 30), (["--preset", "quick"], 65)]:
+        assert ladder.main(words) == 0
+        assert f"{count} runs, {count} of them done before" in capsys.readouterr().out
+
+
 def test_a_torn_line_goes_and_a_whole_one_stays(ladder, tmp_path: Path) -> None:
     out = tmp_path / "results.jsonl"
     for tail, left in [(b'{"a": 1}\n{"b": ', [{"a": 1}]), (b'{"a": 1}\n{"b": 2}', [{"a": 1}, {"b": 2}]), (b"", [])]:
