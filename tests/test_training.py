@@ -60,6 +60,27 @@ def test_run_directory_has_the_documented_contents() -> None:
     assert "state on each device" in table
 
 
+_WRITES = """
+import sys
+from pathlib import Path
+import llip_jax.evaluate
+from llip_jax.training.metrics import MetricsWriter
+writer = MetricsWriter(Path({folder!r}), 0)
+writer.write(1, {{"loss": 2.5}})
+writer.close()
+assert "torch" not in sys.modules
+import torch
+"""
+
+
+def test_torch_is_left_alone_where_it_is_installed(tmp_path: Path) -> None:
+    """Importing it would take longer than all else that a run begins with."""
+    done = run(["-c", _WRITES.format(folder=str(tmp_path))])
+    assert (done.returncode, done.stderr) == (0, "")
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"loss" in events.read_bytes()
+
+
 def test_metrics_have_the_documented_fields_with_sane_values() -> None:
     lines = metrics(finished_run())
     assert [line["step"] for line in lines] == list(range(1, TINY["train.steps"] + 1))

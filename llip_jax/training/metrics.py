@@ -6,11 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -34,7 +36,7 @@ class MetricsWriter:
         self._path = workdir / "metrics.jsonl"
         self._keep_until(start_step)
         self._file = self._path.open("a")
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=10)
+        self._tensorboard = _summary_writer(workdir / "tensorboard", start_step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """One line; None becomes null."""
@@ -73,6 +75,19 @@ class MetricsWriter:
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         os.replace(temporary, self._path)
+
+
+def _summary_writer(folder: Path, first_step: int) -> "SummaryWriter":
+    # tensorboardX imports torch wherever there is one, for things other than scalars: seconds of every start.
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(str(folder), purge_step=first_step, flush_secs=10)
 
 
 def progress_bar(total: int, initial: int, unit: str, label: str, *, keep: bool = True, delay: float = 0) -> Any:
