@@ -1,6 +1,7 @@
 """Looks for the fastest setting that fits: mesh, then what is recomputed, pieces of the batch, blocks of pairs."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -123,12 +124,18 @@ def search(
     """
     config = resolved_for(config, target)
     found, batch_size = Search(), config.train.batch_size
+
+    @functools.cache  # tracing a large model takes a second
+    def image_bytes(remat: Remat, tensor: int) -> int:
+        own = dataclasses.replace(config, model=dataclasses.replace(config.model, remat=remat))
+        return memory.kept(own, 1, tensor).device
+
     while True:
         splits, left_out = mesh_splits(config, target.devices, batch_size)
         found.left_out += [line for line in left_out if line not in found.left_out]
         if not splits and not found.plans:
             raise ConfigError(f"--search: no mesh of {target.devices} devices divides:\n" + "\n".join(left_out))
-        for setting in _stages(config, found, splits, batch_size):
+        for setting in _stages(config, found, splits, batch_size, image_bytes):
             if len(found.plans) == trials:
                 return found
             if all(setting != tried for tried, _ in found.plans):
@@ -143,8 +150,17 @@ def search(
             return found
 
 
-def _stages(config: Config, found: Search, splits: list[tuple[int, int, int]], batch_size: int) -> Iterator[Setting]:
-    """Settings to try, each stage from the best of those before: it looks at what ``found`` has learned in between."""
+def _stages(
+    config: Config,
+    found: Search,
+    splits: list[tuple[int, int, int]],
+    batch_size: int,
+    image_bytes: Callable[[Remat, int], int],
+) -> Iterator[Setting]:
+    """Settings to try, each stage from the best of those before: it looks at what ``found`` has learned in between.
+
+    ``image_bytes``: of activations that an image keeps on a device, by policy and ``tensor``.
+    """
     model, train = config.model, config.train
     first = Setting(batch_size, splits[0], model.remat, train.microbatches, config.pair_scores.text_block)
     # The more fsdp, the less memory; tensor costs exchanges in every layer. Each goes on while it pays.
@@ -159,14 +175,14 @@ def _stages(config: Config, found: Search, splits: list[tuple[int, int, int]], b
         for remat in REMATS[-2:]:
             if found.plans and found.fitting() is None:
                 setting = found.ranked[0][0]._replace(remat=remat, microbatches=pieces)
-                if _possible(config, found, setting):
+                if _possible(found, setting, image_bytes):
                     yield setting
     for remat in REMATS:
         for pieces in PIECES:
             if (best := found.fitting()) is None:
                 return
             setting = best._replace(remat=remat, microbatches=pieces)
-            if _possible(config, found, setting):
+            if _possible(found, setting, image_bytes):
                 yield setting
                 if found.plans[-1][1].fits:
                     break
@@ -175,12 +191,12 @@ def _stages(config: Config, found: Search, splits: list[tuple[int, int, int]], b
             yield best._replace(text_block=block)
 
 
-def _possible(config: Config, found: Search, setting: Setting) -> bool:
+def _possible(found: Search, setting: Setting, image_bytes: Callable[[Remat, int], int]) -> bool:
     """Whether pieces divide a device's images, and state and activations alone do not overflow it."""
     known = found.plans[-1][1].memory
     data, fsdp, tensor = setting.mesh
     images, rest = divmod(setting.batch_size, data * fsdp * setting.microbatches)
     if rest:
         return False
-    needed = known.parameters + known.optimizer + memory.kept(setting.applied(config), images, tensor).device
+    needed = known.parameters + known.optimizer + images * image_bytes(setting.remat, tensor)
     return known.capacity is None or needed <= known.capacity
