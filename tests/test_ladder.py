@@ -196,7 +196,7 @@ def test_what_is_in_the_results_is_not_run_again(ladder, tmp_path: Path, capsys:
     for row in rows_of(preset("smoke", range(1))):
         ladder._append(out, row)
     assert ladder.main(["--preset", "smoke", "--seeds", "1", "--out", str(out), "--jobs", "1"]) == 0
-    assert "7 runs, 7 of them done before" in capsys.readouterr().out
+    assert "6 runs, 6 of them done before" in capsys.readouterr().out
 
 
 def test_results_of_another_configuration_are_not_taken_for_this_ones(ladder, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_results_of_another_configuration_are_not_taken_for_this_ones(ladder, tm
 
 def test_committed_trials_and_runs_are_found_again(ladder, monkeypatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(ladder, "SEARCH", ladder.RESULTS / "ladder_search.jsonl")
-    for words, count in [(["--search"], 30), (["--preset", "quick"], 65)]:
+    for words, count in [(["--search"], 30), (["--preset", "quick"], 65), (["--preset", "full"], 195)]:
         assert ladder.main(words) == 0
         assert f"{count} runs, {count} of them done before" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,13 @@ def test_paired_interval_is_scipys() -> None:
         np.testing.assert_allclose(found, ((a - b).mean(), expected.low, expected.high, n))
 
 
+@pytest.mark.parametrize("topics", [*results.TOPICS])
+def test_colours_alone_are_worth_the_share_of_the_commonest(topics: int) -> None:
+    pictures = np.random.default_rng().integers(7, size=(20_000, topics))
+    right = [max(Counter(picture).values()) / topics for picture in pictures.tolist()]
+    assert results.colours_alone(topics) == pytest.approx(np.mean(right), abs=6 * np.std(right) / len(right) ** 0.5)
+
+
 def test_seeds_are_paired_where_both_have_the_figure() -> None:
     a = [row("llip_16", seed, {"f": value}) for seed, value in {3: 10.0, 1: 4.0, 2: 7.0}.items()]
     b = [row("siglip", 2, {"f": 5.0}), row("siglip", 3, {"f": 9.0}), row("siglip", 4, {"f": 0.0})]
@@ -152,7 +160,9 @@ def test_ladder_table_says_what_the_rows_hold() -> None:
     runs += [row("siglip", seed, {"zero_shot": value}, gflops_per_step=0.5) for seed, value in enumerate(siglip)]
     runs.append(row("registers", 2, {"zero_shot": 0.55}))
     runs += [row("clip", seed, {"zero_shot": value}) for seed, value in {1: 0.5, 2: 0.5, 7: 0.8}.items()]
-    header, _, clip, first, second, third, chance = sections(report.markdown(runs))["The ladder, 6 topics of captions"]
+    header, _, clip, first, second, third, chance, alone = sections(report.markdown(runs))[
+        "The ladder, 6 topics of captions"
+    ]
     low, high = 100 * np.array(stats.ttest_rel(llip, siglip).confidence_interval(0.95))
     gap = 100 * (llip - siglip).mean()
     assert header == ["", "zero-shot", "Llip − it: zero-shot", "FLOPs a step / Llip's", "parameters", "n"]
@@ -161,6 +171,7 @@ def test_ladder_table_says_what_the_rows_hold() -> None:
     assert third[:3] == ["Llip, K = 16", f"{100 * llip.mean():.1f} ± {100 * llip.std(ddof=1):.1f}", ""]
     assert clip[0] == "CLIP" and clip[-1] == "2/3"
     assert chance[:2] == ["chance", "14.3"]
+    assert alone[:2] == ["colours without objects", "38.0"]
 
 
 def test_every_section_of_a_full_set(rows: list[dict[str, Any]]) -> None:
@@ -202,7 +213,7 @@ def test_an_ablation_is_compared_with_its_default_or_with_llip_at_the_same_width
     change = {"model.embed_dim": 16}
     gaps = [figure("llip_16", seed, change) - figure("siglip", seed, change) for seed in range(5)]
     assert widths["16, SigLIP"][4].startswith(f"{np.mean(gaps):+.1f} [")
-    assert list(widths)[2:-1] == [f"{d}, {arm}" for d in ("default", 4, 16, 32) for arm in ("SigLIP", "Llip, K = 16")]
+    assert list(widths)[2:-2] == [f"{d}, {arm}" for d in ("default", 4, 16, 32) for arm in ("SigLIP", "Llip, K = 16")]
 
 
 def test_controls_are_compared_with_the_same_runs_used_rightly(rows: list[dict[str, Any]]) -> None:

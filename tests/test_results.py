@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.evidence.cases import RUNG, Case, digest, preset, tuned_config
+from benchmarks.evidence.cases import RUNG, Case, digest, emoji_cases, preset, tuned_config
 from benchmarks.evidence.report import markdown
 from benchmarks.evidence.rows import Interval, Rows, paired, read, select, values
 from benchmarks.evidence.search import RUNGS, TRIALS, chosen, ways
@@ -29,6 +29,28 @@ def gain(arm: str, figure: str, topics: int | None = 6) -> Interval:
 @pytest.mark.parametrize("figure", ["zero_shot", "image_to_text_r1", "text_to_image_r1"])
 def test_with_diverse_captions_llip_is_above_every_lower_rung(arm: str, figure: str) -> None:
     found = gain(arm, figure)
+    assert found.n >= 5
+    assert found.low > 0
+
+
+@pytest.mark.parametrize("arm", BELOW)
+@pytest.mark.parametrize("topics", [2, 3, 4, 5])
+def test_two_topics_are_enough_and_six_show_it_most(topics: int, arm: str) -> None:
+    found = gain(arm, "zero_shot", topics)
+    assert found.n >= 5
+    assert found.low > 0
+    assert found.mean < gain(arm, "zero_shot").mean
+
+
+@pytest.mark.parametrize(("fewer", "more"), [("llip_1", "llip_4"), ("llip_4", "llip_16")])
+def test_more_mixture_tokens_help_up_to_sixteen(fewer: str, more: str) -> None:
+    found = paired(select(ROWS, more), select(ROWS, fewer), "zero_shot")
+    assert found.n >= 5
+    assert found.low > 0
+
+
+def test_the_spectrum_of_what_the_tower_gives_is_flatter() -> None:
+    found = gain("siglip", "effective_rank_tower")
     assert found.n >= 5
     assert found.low > 0
 
@@ -65,7 +87,7 @@ def test_results_are_of_the_configurations_that_are_chosen_now() -> None:
         assert row["tuned"] == tuned[f"{case.data}/{RUNG[case.arm]}"]
         done[case.key()] += 1
     assert set(done.values()) == {1}
-    assert {case.key() for case in preset("quick")} <= set(done)
+    assert {case.key() for case in [*preset("full"), *emoji_cases()]} == set(done)
 
 
 def test_the_shelfs_configuration_is_what_was_chosen_for_llip() -> None:

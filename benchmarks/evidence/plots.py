@@ -12,6 +12,7 @@ from matplotlib.ticker import LogFormatter
 
 from benchmarks.evidence.rows import (
     ARMS,
+    COLOURS_ALONE,
     EMOJI,
     KINDS,
     LADDER,
@@ -25,6 +26,8 @@ from benchmarks.evidence.rows import (
     arms_of,
     by_scale,
     chance_of,
+    colours_alone,
+    colours_alone_of,
     field_name,
     interval,
     label_name,
@@ -50,11 +53,12 @@ STYLE = {
     "savefig.facecolor": "white",
     "savefig.dpi": 150,
 }
-DOTS = "%  (small dots: seeds; bars: 95 % interval of their mean; dashed: chance)"
+_DOTTED: dict[str, Any] = {"color": "#555555", "linestyle": (0, (1, 2)), "linewidth": 1.4, "zorder": 1}
+DOTS = "%  (small dots: seeds; bars: 95 % interval of their mean; dashed: chance"
 
 
 def _panel(axes: Axes, arms: dict[str, Rows], figure: str) -> None:
-    """A line for each arm: its seeds, their mean and its interval; dashed: chance."""
+    """A line for each arm: its seeds, their mean and its interval; dashed and dotted: levels to compare with."""
     for height, (arm, own) in enumerate(arms.items()):
         style, found = ARMS[arm], _percent(own, figure)
         sample = [100 * value for value in values(own, figure).values()]
@@ -73,6 +77,8 @@ def _half(found: Interval) -> float | None:
 def _chance(draw: Callable[..., Any], rows: Rows, figure: str) -> None:
     if (chance := chance_of(rows, figure)) is not None:
         draw(100 * chance, color="#555555", linestyle=(0, (4, 3)), linewidth=1, label="chance", zorder=1)
+    if (level := colours_alone_of(rows, figure)) is not None:
+        draw(100 * level, label=COLOURS_ALONE, **_DOTTED)
 
 
 def _curve(axes: Axes, arm: str, points: dict[float, Interval], **style: Any) -> None:
@@ -100,7 +106,7 @@ def _ladder_plot(rows: Rows) -> Figure | None:
             axes.set_title(f"{label_name(figure)}, {topics_name(topics)}")
     panels[0, 0].set_xlim(-2, 102)
     drawing.suptitle("ToyWorld's shelf, by arm")
-    drawing.supxlabel(DOTS, fontsize=10)
+    drawing.supxlabel(f"{DOTS}; dotted: {COLOURS_ALONE})", fontsize=10)
     return drawing
 
 
@@ -111,10 +117,11 @@ def _topics_plot(rows: Rows) -> Figure | None:
     drawing = Figure((8, 4.4), layout="constrained")
     axes = drawing.subplots()
     for number, (arm, runs) in enumerate(found.items()):
-        if runs:  # side by side, so that no interval hides another
-            places = {n + 0.05 * (number - len(LADDER) // 2): _percent(own, "zero_shot") for n, own in runs.items()}
-            _curve(axes, arm, places)
+        if runs:  # side by side, so that no interval hides another; no line across what was not run
+            shift = 0.05 * (number - len(LADDER) // 2)
+            _curve(axes, arm, {n + shift: _percent(runs.get(n, []), "zero_shot") for n in TOPICS})
     _chance(axes.axhline, [row for runs in found.values() for own in runs.values() for row in own], "zero_shot")
+    axes.plot([*TOPICS], [100 * colours_alone(n) for n in TOPICS], label=COLOURS_ALONE, **_DOTTED)
     axes.set(xlabel="topics: a caption names one of the first n objects", ylabel="zero-shot accuracy, %", ylim=(0, 102))
     drawing.legend(loc="outside right center")
     drawing.suptitle("Zero-shot accuracy by how many things an image's captions speak of")
@@ -136,7 +143,7 @@ def _tokens_plot(rows: Rows) -> Figure | None:
         axes.set(title=label_name(figure), xlabel="mixture tokens K", ylim=(0, 102))
         _chance(axes.axhline, [row for own in arms.values() for row in own], figure)
     drawing.axes[0].set_ylabel("%")
-    drawing.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    drawing.legend(*drawing.axes[0].get_legend_handles_labels(), loc="outside right center")
     drawing.suptitle(f"Llip by the number of its mixture tokens, {topics_name(6)}")
     return drawing
 
@@ -222,7 +229,7 @@ def _emoji_plot(rows: Rows) -> Figure | None:
             axes.set_title(label_name(figure.replace(f"{kind}_", "")) + f", {KINDS[kind]}")
     panels[0, 0].set_xlim(left=0)
     drawing.suptitle("Emoji: concepts seen and unseen in training, by arm")
-    drawing.supxlabel(DOTS, fontsize=10)
+    drawing.supxlabel(f"{DOTS})", fontsize=10)
     return drawing
 
 

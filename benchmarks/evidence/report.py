@@ -6,6 +6,7 @@ import numpy as np
 
 from benchmarks.evidence.rows import (
     ARMS,
+    COLOURS_ALONE,
     COMPARED,
     CONTROLS,
     EMOJI,
@@ -21,6 +22,8 @@ from benchmarks.evidence.rows import (
     arms_of,
     by_scale,
     chance_of,
+    colours_alone,
+    colours_alone_of,
     field_name,
     label_name,
     paired,
@@ -62,7 +65,7 @@ def _table(
     compared: Sequence[str],
     reference: str = "Llip",
 ) -> Table:
-    """A line for each (label, rows, rows of its reference); chance last, where it is known."""
+    """A line for each (label, rows, rows of its reference); last what is reached by chance and without objects."""
     figures = [figure for figure in figures if any(values(own, figure) for _, own, _ in lines)]
     compared = [figure for figure in figures if figure in compared]
     table = [["", *map(label_name, figures), *(f"{reference} − it: {label_name(figure)}" for figure in compared), "n"]]
@@ -71,10 +74,12 @@ def _table(
         gaps = ["" if own == other else _difference(other, own, figure) for figure in compared]
         pairs = len({row["seed"] for row in own} & {row["seed"] for row in other})
         table.append([label, *levels, *gaps, str(len(own)) if pairs in (0, len(own)) else f"{pairs}/{len(own)}"])
-    chances = [chance_of([row for _, own, _ in lines for row in own], figure) for figure in figures]
-    if any(chance is not None for chance in chances):
-        known = ["" if chance is None else f"{100 * chance:.1f}" for chance in chances]
-        table.append(["chance", *known, *[""] * (len(compared) + 1)])
+    all_rows = [row for _, own, _ in lines for row in own]
+    for label, level in (("chance", chance_of), (COLOURS_ALONE, colours_alone_of)):
+        levels = [level(all_rows, figure) for figure in figures]
+        if any(found is not None for found in levels):
+            known = ["" if found is None else f"{100 * found:.1f}" for found in levels]
+            table.append([label, *known, *[""] * (len(compared) + 1)])
     return table
 
 
@@ -102,11 +107,13 @@ def _ladder(rows: Rows) -> Iterable[tuple[str, Table]]:
 def _gains(rows: Rows) -> Iterable[tuple[str, Table]]:
     baselines = ("siglip", "registers", "average")
     for figure in COMPARED:
-        table = [["topics", ARMS[LLIP].name, *(f"− {ARMS[arm].name}" for arm in baselines), "n"]]
+        extra = [COLOURS_ALONE] if figure == "zero_shot" else []
+        table = [["topics", *extra, ARMS[LLIP].name, *(f"− {ARMS[arm].name}" for arm in baselines), "n"]]
         for topics in TOPICS:
             if llip := select(rows, LLIP, topics):
                 gaps = [_difference(llip, select(rows, arm, topics), figure) for arm in baselines]
-                table.append([str(topics), _level(llip, figure), *gaps, str(len(llip))])
+                level = [f"{100 * colours_alone(topics):.1f}" for _ in extra]
+                table.append([str(topics), *level, _level(llip, figure), *gaps, str(len(llip))])
         if len(table) > 2:
             yield f"What Llip gains, by topics of captions: {label_name(figure)}", table
 

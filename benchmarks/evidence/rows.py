@@ -4,6 +4,7 @@ A row is one run. Seeds are paired across arms (the same batches under the same 
 difference on each common seed: its mean, with a 95 % t interval. What has no rows is left out; scales are kept apart.
 """
 
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,8 +66,11 @@ EMOJI = {
     )
     for kind in ("names", "any")
 }
+COLOURS_ALONE = "colours without objects"
+"""How the level of :func:`colours_alone` is called."""
 KINDS = {"names": "names", "any": "any caption", "coco": "photographs of COCO"}
 FIELDS = {
+    "train.steps": "steps",
     "model.mixer_temperature": "temperature of the mixing attention",
     "model.mixer_heads": "heads of the mixing attention",
     "data.captions.slots": "captions an image and step",
@@ -173,6 +177,24 @@ def topics_name(topics: int) -> str:
 
 def field_name(field: str) -> str:
     return FIELDS.get(field, field)
+
+
+@functools.cache
+def colours_alone(topics: int, colours: int = 7) -> float:
+    """Zero-shot accuracy of one who knows which colours are in a picture, and not on which of the named objects.
+
+    The best answer for every object is the commonest of the ``topics`` colours, which are drawn independently.
+    """
+    drawn = np.indices((colours,) * topics).reshape(topics, -1)
+    counts = [(drawn == colour).sum(axis=0) for colour in range(colours)]
+    return float(np.max(counts, axis=0).mean() / topics)
+
+
+def colours_alone_of(rows: Rows, figure: str) -> float | None:
+    """The level of :func:`colours_alone` where rows are of one number of topics and the figure is theirs."""
+    topics = {row["topics"] for row in rows}
+    (only,) = topics if len(topics) == 1 else (None,)
+    return colours_alone(only) if only and figure == "zero_shot" else None
 
 
 def chance_of(rows: Rows, figure: str) -> float | None:

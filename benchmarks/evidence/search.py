@@ -48,7 +48,7 @@ def trials(data: str = "toyworld") -> list[Case]:
 
 
 def ways() -> list[Case]:
-    """What was tried on emoji, where Llip does not win: on the validation vendor, SigLIP first."""
+    """What was tried on emoji, where Llip does not win: on the validation vendor; SigLIP of the same seed beside it."""
     common = {
         **_SHORTER,
         "optimizer.learning_rate": 0.0012,
@@ -57,16 +57,29 @@ def ways() -> list[Case]:
     }
     llip = {"model.mixer_temperature": 5.0, "model.mixer_heads": 4}
     sharp = llip | {"model.mixer_temperature": 1.0}
-    tried: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("siglip", {}),
-        ("llip_16", sharp),
-        ("llip_16", llip | {"optimizer.rates": {"vision/tokens": 30.0}}),
-        ("llip_4", llip),
-        ("llip_1", llip),
-        ("llip_16", sharp | {"optimizer.learning_rate": 0.0025}),
-        ("llip_16", llip | {"model.mixer_key_bias": True}),
+    longer, longest = {"train.steps": 3000}, {"train.steps": 9000}
+    names = {"data.captions.specific_probability": 1.0}
+    wider = {"model.vision.width": 128, "model.vision.mlp": 512}
+    tried: tuple[tuple[int, str, dict[str, Any]], ...] = (
+        (1002, "siglip", {}),
+        (1002, "llip_16", llip),
+        (1002, "llip_16", sharp),
+        (1002, "llip_16", llip | {"optimizer.rates": {"vision/tokens": 30.0}}),
+        (1002, "llip_4", llip),
+        (1002, "llip_1", llip),
+        (1002, "llip_16", sharp | {"optimizer.learning_rate": 0.0025}),
+        (1002, "llip_16", llip | {"model.mixer_key_bias": True}),
+        (1003, "siglip", longer),
+        (1003, "llip_16", llip | longer),
+        (1003, "llip_4", llip | longer),
+        (1004, "siglip", names),
+        (1004, "llip_16", llip | names),
+        (1004, "siglip", wider),
+        (1004, "llip_16", llip | wider),
+        (1005, "siglip", longest),
+        (1005, "llip_16", llip | longest),
     )
-    return [Case(arm, 1002, None, "small", common | changes) for arm, changes in tried]
+    return [Case(arm, seed, None, "small", common | changes) for seed, arm, changes in tried]
 
 
 def without_test(emoji: Path, folder: Path) -> Path:
