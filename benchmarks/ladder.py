@@ -1,8 +1,8 @@
 """The Llip paper's ladder in small: SigLIP, registers, learned average, Llip, CLIP; with controls and error bars.
 
-    python benchmarks/ladder.py --preset quick --out my.jsonl --report my-report   # about 20 minutes on 2 cores
+    python benchmarks/ladder.py --preset quick --out my.jsonl --report my-report   # 19 minutes on 2 cores
     python benchmarks/ladder.py --preset full ...                                  # and ablations: an hour
-    python benchmarks/ladder.py --preset none --emoji FOLDER [--coco FOLDER] ...   # real pictures: half an hour
+    python benchmarks/ladder.py --preset none --emoji FOLDER [--coco FOLDER] ...   # real pictures: 20 minutes
     python benchmarks/ladder.py --search [--emoji FOLDER] --out trials.jsonl       # the trials behind the settings
     python benchmarks/ladder.py --ways --emoji FOLDER --out ways.jsonl             # what was tried to win on emoji
 

@@ -58,7 +58,7 @@ def test_the_spectrum_of_what_the_tower_gives_is_flatter() -> None:
 @pytest.mark.parametrize("arm", BELOW)
 def test_with_one_topic_the_gain_is_gone(arm: str) -> None:
     assert gain(arm, "zero_shot", topics=1).n >= 5
-    assert gain(arm, "zero_shot", topics=1).mean < 0.1 * gain(arm, "zero_shot").mean
+    assert gain(arm, "zero_shot", topics=1)[:3] == (0, 0, 0)
 
 
 def test_used_wrongly_a_trained_llip_is_at_chance_or_far_below_itself() -> None:
@@ -110,13 +110,25 @@ def test_every_way_that_was_tried_on_emoji_is_kept() -> None:
     assert {Case.of(row).key() for row in read(RESULTS / "ladder_ways.jsonl")} == {case.key() for case in ways()}
 
 
+@pytest.mark.parametrize("page", ["docs/results.md", "README.md"])
+def test_figures_in_the_pages_tables_are_those_of_the_results(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8").replace("−", "-")
+    own = text[text.index("## What came out" if "results" in page else "## Does it do") :].split("\n## ")[0]
+    cells = [cell.strip() for line in own.splitlines() if line.startswith("|") for cell in line.split("|")]
+    figures = [cell for cell in cells if "±" in cell or "[" in cell]
+    assert len(figures) >= 4
+    gaps = [gain(arm, "image_to_text_r1") for arm in ("clip", *BELOW)]
+    known = markdown(ROWS) + " ".join(f"{100 * g.mean:+.1f} [{100 * g.low:+.1f}, {100 * g.high:+.1f}]" for g in gaps)
+    assert [figure for figure in figures if figure not in known] == []
+
+
 def test_the_tables_are_those_of_the_results() -> None:
     assert (ROOT / "docs" / "results" / "tables.md").read_text(encoding="utf-8") == markdown(ROWS)
 
 
 @pytest.mark.slow
 def test_a_run_repeated_gives_the_committed_figures(tmp_path: Path) -> None:
-    """To within half of what separates Llip from SigLIP; on the machine of the results they are equal."""
+    """To within 10 points, where 61 separate them; on one core of the same kind they are equal."""
     from benchmarks.evidence.runs import Bench
 
     bench = Bench(chosen(RESULTS / "ladder_search.jsonl"), tmp_path)
