@@ -538,6 +538,7 @@ def with_stale_listings() -> list[Any]:
     return results
 
 
+@pytest.mark.slow
 def test_processes_wait_until_they_see_the_same_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHARED_FOLDER", str(tmp_path))
     for *seen, one_refusal, other_refusal in call_on_processes(with_stale_listings, processes=2, devices=2):

@@ -293,7 +293,11 @@ def test_evaluating_again_gives_the_same(finished: Path) -> None:
     ("changes", "parts"),
     [
         ({"train__batch_size": 20}, ["train.batch_size=20", "8 devices", "20 = 2 x 8 + 4", "nearest: 16"]),
-        ({"eval__batch_size": 12}, ["eval.batch_size=12", "8 devices", "12 = 1 x 8 + 4"]),
+        pytest.param(
+            {"eval__batch_size": 12},
+            ["eval.batch_size=12", "8 devices", "12 = 1 x 8 + 4"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_batches_on_eight_devices(tmp_path: Path, changes: dict[str, object], parts: list[str]) -> None:

@@ -168,6 +168,7 @@ def evaluate_in_this_process() -> dict[str, Any]:
     return evaluate(config_of(8), torn(), devices=4)
 
 
+@pytest.mark.slow
 def test_processes_do_not_show() -> None:
     """Two processes of two devices: each decodes its rows alone, some of which cannot be read."""
     alone = evaluate(config_of(8), torn())

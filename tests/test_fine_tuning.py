@@ -198,7 +198,8 @@ def test_mistakes_are_told_without_a_traceback(tmp_path: Path) -> None:
     assert "nowhere: no such file or folder" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("format", [pytest.param("open_clip", marks=pytest.mark.slow), "huggingface"])
+@pytest.mark.parametrize("format", ["open_clip", "huggingface"])
+@pytest.mark.slow
 def test_a_clip_goes_out_and_comes_back_bit_by_bit(
     format: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

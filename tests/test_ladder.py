@@ -86,6 +86,7 @@ def test_the_shortcut_mixes_every_image_by_its_own_caption() -> None:
         np.testing.assert_allclose(logits[:, :, slot], 3 * shortcut_cosines(images, alone) - 2, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_of_the_ladder_is_one_of_the_launcher_bit_by_bit(tmp_path: Path) -> None:
     bench, case = Bench({}, tmp_path), Case("llip_4", 3, 6, "smoke")
     once, again = bench.run(case), bench.run(case)

@@ -276,7 +276,7 @@ def test_statistics_beside_the_gradient_are_those_of_all_pairs(name: str) -> Non
     assert above(tree_errors(statistics, expected), TOLERANCE) == {}
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("gram", [False, True])
 def test_where_little_is_left_after_wo_cosines_stay_cosines(
     gram: bool, dtype: Any, monkeypatch: pytest.MonkeyPatch
@@ -385,6 +385,7 @@ def error_of_this_process() -> float:
     return max(errors)
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_give_the_loss_of_one() -> None:
     """Measured: 1e-6."""
     assert max(call_on_processes(error_of_this_process, processes=2, devices=4)) < TOLERANCE

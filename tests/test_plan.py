@@ -38,6 +38,7 @@ from llip_jax.training.state import init_state, state_spec
 from llip_jax.training.step import make_train_step, step_inputs
 
 GIB = 2**30
+SLOW = pytest.mark.slow
 BAR: Any = SimpleNamespace(set_postfix_str=lambda text: None, update=lambda n: None)
 
 
@@ -335,7 +336,7 @@ def test_gpus_compute_dropped_layers_again_and_wait_for_the_host() -> None:
     ("fields", "topology", "said"),
     [
         ({"mesh.data": 3}, "cpu:8", "mesh: data=3 x fsdp=1 x tensor=1 does not fill 8 device(s)"),
-        ({"train.batch_size": 12}, "gpu:h100x8", "train.batch_size=12 does not divide"),
+        pytest.param({"train.batch_size": 12}, "gpu:h100x8", "train.batch_size=12 does not divide", marks=SLOW),
     ],
 )
 def test_what_does_not_fit_the_devices_is_bad_input(fields: dict[str, Any], topology: str, said: str) -> None:

@@ -130,7 +130,9 @@ Recorder.add = add_and_lose
 """
 
 
-@pytest.mark.parametrize(("step", "then"), [(8, "pass"), (5, "os.kill(os.getpid(), signal.SIGTERM)")])
+@pytest.mark.parametrize(
+    ("step", "then"), [(8, "pass"), pytest.param(5, "os.kill(os.getpid(), signal.SIGTERM)", marks=pytest.mark.slow)]
+)
 def test_a_last_save_that_fails_is_no_success(tmp_path: Path, step: int, then: str) -> None:
     done = train(tmp_path / "run", {"eval.every_steps": 100}, hook=LOSE_DIRECTORY.format(step=step, then=then))
     assert done.returncode == 1, done.stdout

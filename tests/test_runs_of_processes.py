@@ -48,6 +48,7 @@ def test_bad_input_is_not_taken_for_a_lost_process() -> None:
     assert not tells_of_a_lost_process(ValueError("operands could not be broadcast together"))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_a_save_and_another_number_goes_on(tmp_path: Path) -> None:
     fields = {"mesh.data": 2, "mesh.fsdp": 2, "train.steps": 7, "eval.every_steps": 7}
     stopped = train_on_processes(tmp_path / "run", fields, processes=2, devices=2, hook=SIGNAL_ONE)

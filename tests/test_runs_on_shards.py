@@ -74,6 +74,7 @@ def test_a_run_on_dirty_shards_goes_on_with_other_workers_and_tells_what_changed
     assert train(run, fields | {"train.steps": 10}).returncode == 0
 
 
+@pytest.mark.slow
 def test_too_much_dirt_stops_the_run_with_the_reasons(tmp_path: Path) -> None:
     rows = tuple(
         type(sample)(sample.key, sample.image if index % 2 else b"no image", sample.captions, sample.label)

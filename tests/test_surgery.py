@@ -79,7 +79,15 @@ def source_logits(name: str) -> Float[np.ndarray, "N N"]:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-@pytest.mark.parametrize(("pooler", "tokens"), [("mixer", 1), ("mixer", 16), ("mixer", 64), ("average", 16)])
+@pytest.mark.parametrize(
+    ("pooler", "tokens"),
+    [
+        pytest.param("mixer", 1, marks=pytest.mark.slow),
+        ("mixer", 16),
+        pytest.param("mixer", 64, marks=pytest.mark.slow),
+        ("average", 16),
+    ],
+)
 def test_the_first_scores_are_those_of_the_source(name: str, pooler: str, tokens: int) -> None:
     before, params = source(name, seed=1)
     after = target(name, model={"pooler": pooler, "mixture_tokens": tokens})

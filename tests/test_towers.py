@@ -112,7 +112,7 @@ def unrolled_llip() -> tuple[Params, Run]:
 
 
 @pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("remat", ["none", "dots", "layer"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow), "layer"])
 def test_scan_and_rematerialisation_change_nothing(scan: bool, remat: Literal["none", "dots", "layer"]) -> None:
     params, expected = unrolled_llip()
     if (scan, remat) != (False, "none"):
